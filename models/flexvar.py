@@ -1,0 +1,181 @@
+"""FlexVAR: a class-conditional transformer that predicts the codes of each scale from the scale before it.
+
+Legend: B batch, L tokens of a schedule, V codebook rows, D codebook width, C width, s side of a scale.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import AdaLinear, Attend, Block, CachedAttention, HeadNorm, ScaleCausalAttention
+from models.scales import ScaleSchedule
+
+POSITION_SIDE = 32  # side of the learned position map, resized to each scale
+
+
+@dataclass(frozen=True)
+class FlexVARConfig:
+    """Sizes and initial scales. Width defaults to 64·depth and drop path to 0.1·depth/24, as in released models."""
+
+    depth: int = 16
+    width: int = 0
+    num_classes: int = 1000
+    codebook_size: int = 8912
+    codebook_dim: int = 32
+    drop_path: float | None = None
+    aln: float = 0.5
+    alng: float = 1e-3
+
+    def __post_init__(self):
+        object.__setattr__(self, "width", self.width or 64 * self.depth)
+        if self.drop_path is None:
+            object.__setattr__(self, "drop_path", 0.1 * self.depth / 24)
+        if self.depth < 1 or self.width < 64 or self.width % 64:
+            raise ValueError(f"need depth ≥ 1 and a width of 64·heads, got {self.depth} and {self.width}")
+
+    @property
+    def heads(self) -> int:
+        return self.width // 64
+
+
+@dataclass
+class SamplingState:
+    """What a cached forward carries from scale to scale; it belongs to the caller, not to the module."""
+
+    condition: Tensor  # (B, C)
+    modulations: list[Tensor]  # (B, 1, 6, C) a block
+    head_modulation: Tensor  # (B, 1, 2, C)
+    caches: list[CachedAttention]
+
+
+class FlexVAR(nn.Module):
+    """The transformer. Nothing in it depends on a schedule: any sides the caller names will do."""
+
+    def __init__(self, config: FlexVARConfig | None = None):
+        super().__init__()
+        self.config = config = config or FlexVARConfig()
+        width = config.width
+        self.class_emb = nn.Embedding(config.num_classes + 1, width)  # the last row is the unconditional class
+        self.pos_start = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_1LC = nn.Parameter(torch.empty(1, width, POSITION_SIDE, POSITION_SIDE))
+        self.word_embed = nn.Linear(config.codebook_dim, width)
+        drop_paths = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(Block(width, config.heads, p) for p in drop_paths)
+        self.head_nm = HeadNorm(width)
+        self.head = nn.Linear(width, config.codebook_size)
+        self.init_weights()
+
+    @property
+    def null_class(self) -> int:
+        """The unconditional class. Whoever calls the model chooses it; the model never does."""
+        return self.config.num_classes
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initial values, with C the width and N(σ) a normal cut at ±2.
+
+        | parameter                                        | value                                   |
+        |--------------------------------------------------|-----------------------------------------|
+        | Linear and Embedding weights, pos_start          | N(√(1/3C))                              |
+        | all biases, q_bias, v_bias                       | 0                                       |
+        | attn.proj.weight, ffn.fc2.weight                 | N(√(1/3C)) / √(2·depth)                 |
+        | head.weight                                      | N(√(1/3C)) · 0.02                       |
+        | ada_lin weights: rows of the two gates γ         | N(√(1/3C)) · alng                       |
+        | ada_lin weights: other rows, head_nm's included  | N(√(1/3C)) · aln                        |
+        | scale_mul_1H11                                   | ln 4                                    |
+        | pos_1LC                                          | sines of rows, cosines of columns       |
+        """
+        config, width = self.config, self.config.width
+        std = math.sqrt(1 / width / 3)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_start, std=std)
+        self.pos_1LC.copy_(sinusoids(width, POSITION_SIDE))
+        self.head.weight.mul_(0.02)
+        self.head_nm.ada_lin[1].weight.mul_(config.aln)
+        for block in self.blocks:
+            block.attn.proj.weight.div_(math.sqrt(2 * config.depth))
+            block.ffn.fc2.weight.div_(math.sqrt(2 * config.depth))
+            block.ada_lin[1].weight[: 2 * width].mul_(config.alng)
+            block.ada_lin[1].weight[2 * width :].mul_(config.aln)
+
+    def forward(self, labels: Tensor, inputs: Tensor, schedule: ScaleSchedule, start: bool = True) -> Tensor:
+        """Logits of all scales in one scale-causal pass.
+
+        Args:
+            labels: (B,) class ids, `null_class` for unconditional.
+            inputs: (B, L - s₁², D) embeddings of scales 2…N, each shifted up from the scale before.
+            schedule: the sides s₁…s_N.
+            start: add pos_start to the first scale (the released second pass leaves it out).
+
+        Returns: (B, L, V).
+        """
+        condition = self.class_emb(labels)  # (B, C)
+        first = self.first_scale(condition, schedule.lengths[0], start)
+        x = torch.cat([first, self.word_embed(inputs.to(self.word_embed.weight.dtype))], dim=1)  # (B, L, C)
+        x = x + torch.cat([self.positions(s) for s in schedule.sides], dim=1)
+        attention = ScaleCausalAttention(schedule, x.device)
+        modulations = [block.ada_lin(condition) for block in self.blocks]
+        return self.trunk(x, modulations, self.head_nm.ada_lin(condition), [attention] * len(self.blocks))
+
+    def begin(self, labels: Tensor, capacity: int) -> SamplingState:
+        """Start a cached forward of up to `capacity` tokens: the class's modulations are computed once."""
+        condition = self.class_emb(labels)
+        return SamplingState(
+            condition,
+            [block.ada_lin(condition) for block in self.blocks],
+            self.head_nm.ada_lin(condition),
+            [CachedAttention(capacity) for _ in self.blocks],
+        )
+
+    def step(self, state: SamplingState, inputs: Tensor | None, s: int) -> Tensor:
+        """Logits (B, s², V) of the next scale from its shifted inputs (B, s², D); None stands for the first scale."""
+        if inputs is None:
+            x = self.first_scale(state.condition, s * s, start=True)
+        else:
+            x = self.word_embed(inputs.to(self.word_embed.weight.dtype))
+        return self.trunk(x + self.positions(s), state.modulations, state.head_modulation, state.caches)
+
+    def first_scale(self, condition: Tensor, length: int, start: bool) -> Tensor:
+        """The class embedding (B, C) at every token of the first scale (B, length, C)."""
+        x = condition.unsqueeze(1).expand(-1, length, -1)
+        return x + self.pos_start if start else x
+
+    def positions(self, s: int) -> Tensor:
+        """The position map at side s (1, s², C), by area."""
+        return F.interpolate(self.pos_1LC, size=(s, s), mode="area").flatten(2).transpose(1, 2)
+
+    def trunk(self, x: Tensor, modulations: list[Tensor], head_modulation: Tensor, attentions: list[Attend]) -> Tensor:
+        """Embedded tokens (B, L, C) → logits (B, L, V)."""
+        for block, modulation, attention in zip(self.blocks, modulations, attentions, strict=True):
+            x = block(x, modulation, attention)
+        return self.head(self.head_nm(x, head_modulation))
+
+
+def sinusoids(width: int, side: int) -> Tensor:
+    """The initial position map (1, C, side, side): channel 2k is sin(row·ω), 2k+1 is cos(column·ω)."""
+    omega = torch.exp(torch.arange(0, width, 2).float() * (-math.log(10000.0) / width))  # (C/2,)
+    angles = omega[:, None] * torch.arange(side).float()  # (C/2, side)
+    rows = angles.sin()[:, :, None].expand(-1, -1, side)
+    columns = angles.cos()[:, None, :].expand(-1, side, -1)
+    return torch.stack([rows, columns], dim=1).flatten(0, 1).unsqueeze(0)
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Class ids a user named; the unconditional class is not one of them."""
+    if labels.ndim != 1 or len(labels) == 0:
+        raise ValueError(f"labels must be a non-empty list of class ids, got shape {tuple(labels.shape)}")
+    bad = labels[(labels < 0) | (labels >= num_classes)]
+    if len(bad):
+        raise ValueError(f"class id {bad[0].item()} is out of range: this model knows 0…{num_classes - 1}")
+
+
+__all__ = ["AdaLinear", "FlexVAR", "FlexVARConfig", "SamplingState", "check_labels", "sinusoids"]

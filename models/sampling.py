@@ -1,0 +1,216 @@
+"""Drawing tokens and images: guidance, top-k/top-p, and the walk over the scales.
+
+Legend: B batch, L tokens of a schedule, V codebook rows, s side of a scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.flexvar import FlexVAR, check_labels
+from models.scales import ScaleSchedule, shift_up
+from models.vqvae import VQVAE
+
+# Sides that released models were tuned to sample at; any other is taken greedily.
+SAMPLED_SIDES = frozenset({1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32})
+
+Edit = Callable[[int, Tensor], Tensor]  # side, sampled codes (B, s²) → codes that go on
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: logits = cond + w·(cond − uncond), with w growing over the scales, or not.
+
+    | kind      | w at scale i of K (from 0)              | used by                         |
+    |-----------|------------------------------------------|---------------------------------|
+    | ramp      | scale · i / min(K−1, 9)                  | evaluation                      |
+    | half_ramp | scale · 0.5·(1 + i/(K−1)), if scale > 1  | rollouts in training            |
+    | constant  | scale − 1                                | the released notebook           |
+    | none      | 0                                        |                                 |
+    """
+
+    kind: Literal["ramp", "half_ramp", "constant", "none"] = "ramp"
+    scale: float = 0.0
+
+    def __post_init__(self):
+        if self.kind not in ("ramp", "half_ramp", "constant", "none"):
+            raise ValueError(f"guidance {self.kind!r} is none of ramp, half_ramp, constant, none")
+
+    def weight(self, i: int, sides: Sequence[int], max_pn: int | None = None) -> float:
+        """w at scale i of a schedule. With ramp guidance, sides above max_pn use the full scale."""
+        last = len(sides) - 1
+        if self.kind == "ramp":
+            if max_pn is not None and sides[i] > max_pn:
+                return self.scale
+            return self.scale * i / min(last, 9) if last else 0.0
+        if self.kind == "half_ramp":
+            return self.scale * 0.5 * (1 + (i / last if last else 0.0)) if self.scale > 1 else 0.0
+        return self.scale - 1 if self.kind == "constant" else 0.0
+
+    def weights(self, sides: Sequence[int], max_pn: int | None = None) -> list[float]:
+        """w at every scale."""
+        return [self.weight(i, sides, max_pn) for i in range(len(sides))]
+
+
+def guide(cond: Tensor, uncond: Tensor, weight: float | Tensor) -> Tensor:
+    """(1 + w)·cond − w·uncond."""
+    return (1 + weight) * cond - weight * uncond
+
+
+def sample_tokens(logits: Tensor, top_k: int, top_p: float, uniforms: Tensor | None = None) -> Tensor:
+    """Draw one token a row after top-k, then top-p on the renormalised rest.
+
+    The draw inverts the cumulative distribution in vocabulary order at a uniform number that the caller supplies,
+    so the token depends on nothing but the logits and that number: not on the batch, the rank or the device.
+
+    Args:
+        logits: (…, V), never written.
+        top_k: keep every logit ≥ the k-th largest, ties included; 1 is greedy, 0 keeps all.
+        top_p: drop the tokens whose ascending cumulative probability is ≤ 1 − p, never the largest; tokens that
+            tie with the last one kept stay. 0 (or 1) keeps all.
+        uniforms: (…,) in [0, 1). May be None when greedy.
+
+    Returns: (…,) int64.
+    """
+    vocabulary = logits.shape[-1]
+    if not 0 <= top_p <= 1 or top_k < 0:
+        raise ValueError(f"need top_k ≥ 0 and 0 ≤ top_p ≤ 1, got {top_k} and {top_p}")
+    if top_k == 1:
+        return logits.argmax(-1)
+    logits = logits.float()
+    weights = (logits - logits.amax(-1, keepdim=True)).exp_()  # the largest is 1
+    nucleus = 0 < top_p < 1
+    if 0 < top_k < vocabulary or nucleus:
+        # Top-k comes before the sort that top-p needs, so that only k values are ever sorted.
+        ranked = weights.topk(min(top_k or vocabulary, vocabulary), dim=-1).values  # descending
+        cut = ranked[..., -1:]
+        if nucleus:
+            mass = weights.masked_fill(weights < cut, 0).sum(-1, keepdim=True)
+            before = ranked.cumsum(-1) - ranked  # the mass ahead of each; 1 − before is its ascending cumulative
+            kept = (before < top_p * mass).sum(-1, keepdim=True)
+            cut = ranked.gather(-1, kept.clamp_(min=1) - 1)
+        weights = weights.masked_fill_(weights < cut, 0)
+    # float64: a parallel float32 sum is not quite monotone, and could land on a token that was cut.
+    cumulative = weights.double().cumsum(-1)
+    target = (1 - uniforms.double().unsqueeze(-1)) * cumulative[..., -1:]  # in (0, total]
+    return torch.searchsorted(cumulative, target).squeeze(-1)
+
+
+def image_uniforms(seeds: Sequence[int], total: int, device: torch.device) -> Tensor:
+    """Uniform numbers (B, total), one row from each image's own seed."""
+    rows = [torch.rand(total, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(device)
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the former mode again outside, whatever happens."""
+    modes = [m.training for m in modules]
+    try:
+        for m in modules:
+            m.eval()
+        yield
+    finally:
+        for m, mode in zip(modules, modes, strict=True):
+            m.train(mode)
+
+
+def walk(
+    model: FlexVAR,
+    codebook_VD: Tensor,
+    labels: Tensor,
+    schedule: ScaleSchedule,
+    guidance: Guidance,
+    top_k: int,
+    top_p: float,
+    uniforms: Tensor,
+    max_pn: int | None = None,
+    edit: Edit | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Sample scale by scale: cached forward → guidance → top-k/top-p → codes → shift up.
+
+    Yields (side, codes (B, s²)) coarse to fine. `edit` may replace the codes of a scale before they are yielded
+    and shifted up. The caller sees to evaluation mode and to `no_grad`.
+    """
+    sides = schedule.sides
+    weights = guidance.weights(sides, max_pn)
+    guided = any(weights)
+    if guided:  # conditional half, then unconditional half
+        labels = torch.cat([labels, torch.full_like(labels, model.null_class)])
+    state = model.begin(labels, schedule.total)
+    inputs = None
+    for i, s in enumerate(sides):
+        logits = model.step(state, inputs, s)
+        if guided:
+            cond, uncond = logits.chunk(2)
+            logits = guide(cond, uncond, weights[i]) if weights[i] else cond
+        greedy = s not in SAMPLED_SIDES or (max_pn is not None and s > max_pn)
+        codes = sample_tokens(logits, 1 if greedy else top_k, top_p, uniforms[:, schedule.span(i)])
+        if edit is not None:
+            codes = edit(s, codes)
+        yield s, codes
+        if i + 1 < len(sides):
+            inputs = shift_up(codes, codebook_VD, s, sides[i + 1])  # (B, s'², D)
+            if guided:
+                inputs = inputs.repeat(2, 1, 1)
+
+
+@torch.no_grad()
+def sample_codes(
+    model: FlexVAR,
+    codebook_VD: Tensor,
+    labels: Tensor,
+    schedule: ScaleSchedule,
+    guidance: Guidance,
+    top_k: int,
+    top_p: float,
+    seeds: Sequence[int],
+    max_pn: int | None = 16,
+    edit: Edit | None = None,
+) -> dict[int, Tensor]:
+    """`generate` without the decoder: {side: codes (B, s²)}."""
+    check_labels(labels, model.config.num_classes)
+    if len(seeds) != len(labels):
+        raise ValueError(f"each image needs a seed of its own: {len(labels)} labels, {len(seeds)} seeds")
+    device = model.pos_start.device
+    labels = labels.to(device)
+    uniforms = image_uniforms(seeds, schedule.total, device)
+    with evaluating(model):
+        scales = walk(model, codebook_VD, labels, schedule, guidance, top_k, top_p, uniforms, max_pn=max_pn, edit=edit)
+        return dict(scales)
+
+
+@torch.no_grad()
+def generate(
+    model: FlexVAR,
+    vae: VQVAE,
+    labels: Tensor,
+    schedule: ScaleSchedule,
+    guidance: Guidance,
+    top_k: int,
+    top_p: float,
+    seeds: Sequence[int],
+    max_pn: int | None = 16,
+    edit: Edit | None = None,
+) -> Tensor:
+    """Images of the classes `labels`.
+
+    Args:
+        labels: (B,) class ids.
+        schedule: sides to walk, any that the weights make sense of; the last one sets the resolution.
+        guidance, top_k, top_p: see `Guidance` and `sample_tokens`.
+        seeds: one a image; an image depends on its own seed, not on its batch.
+        max_pn: sides above it are taken greedily and at the full guidance scale; None for no such bound.
+        edit: (side, codes (B, s²)) → codes, to hold some of them.
+
+    Returns: (B, 3, factor·s_N, factor·s_N), in [-1, 1] but not clamped.
+    """
+    codes = sample_codes(model, vae.codebook, labels, schedule, guidance, top_k, top_p, seeds, max_pn=max_pn, edit=edit)
+    with evaluating(vae):
+        return vae.decode(codes[schedule.sides[-1]], schedule.sides[-1])

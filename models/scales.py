@@ -1,0 +1,108 @@
+"""Scales: how a pyramid of token maps is laid out, drawn for a training step, and shifted up.
+
+Legend: B batch, L tokens of a schedule, V codebook rows, D codebook width, s side of a scale.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ScaleSchedule:
+    """The sides of the token maps, coarse to fine. Tokens of a scale are row-major, scales follow each other."""
+
+    sides: tuple[int, ...]
+
+    def __post_init__(self):
+        if not self.sides or any(s < 1 for s in self.sides):
+            raise ValueError(f"a schedule needs one or more positive sides, got {self.sides}")
+        if any(a >= b for a, b in zip(self.sides, self.sides[1:], strict=False)):
+            raise ValueError(f"the sides of a schedule must grow, got {self.sides}")
+
+    @classmethod
+    def parse(cls, text: str) -> ScaleSchedule:
+        """`"1_2_3"`, `"1,2,3"` or `"1-2-3"` → ScaleSchedule((1, 2, 3))."""
+        fields = text.replace(",", "_").replace("-", "_").split("_")
+        if not all(f.strip().isdigit() for f in fields):
+            raise ValueError(f"a schedule is written like 1_2_3_4_5_6_8_10_13_16, got {text!r}")
+        return cls(tuple(int(f) for f in fields))
+
+    def __len__(self) -> int:
+        return len(self.sides)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(s * s for s in self.sides)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each scale starts, and one more: the total."""
+        return (0, *accumulate(self.lengths))
+
+    @property
+    def total(self) -> int:
+        return self.offsets[-1]
+
+    def span(self, i: int) -> slice:
+        """The tokens of scale i (negative i counts from the finest)."""
+        i %= len(self)
+        return slice(self.offsets[i], self.offsets[i + 1])
+
+    def split(self, x: Tensor, dim: int = 1) -> tuple[Tensor, ...]:
+        """(…, L, …) → one tensor a scale."""
+        return x.split(self.lengths, dim)
+
+
+DEFAULT_SCHEDULE = ScaleSchedule((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
+MAX_TOKENS = DEFAULT_SCHEDULE.total  # 680: a drawn schedule never costs more than the default one
+
+
+def draw_schedule(seed: int, step: int) -> ScaleSchedule:
+    """FlexVAR's schedule of one training step: a pure function of seed and step, so equal on every rank.
+
+    With probability 0.05 the default schedule; else 1, 2, five distinct sides of 3…10, two of 11…15, and 16, of
+    which up to four inner ones are dropped, and one of the last four as long as there are over 680 tokens.
+    """
+    rng = random.Random(f"schedule/{seed}/{step}")  # seeding with a string hashes it: the same on every platform
+    if rng.random() < 0.05:
+        return DEFAULT_SCHEDULE
+    sides = [1, 2, *sorted(rng.sample(range(3, 11), 5)), *sorted(rng.sample(range(11, 16), 2)), 16]
+    luck = rng.random()
+    for _ in range(sum(luck < p for p in (0.10, 0.05, 0.02, 0.01))):
+        del sides[rng.randrange(2, len(sides) - 1)]
+    while sum(s * s for s in sides) > MAX_TOKENS:
+        del sides[rng.randrange(len(sides) - 4, len(sides))]
+    return ScaleSchedule(tuple(sides))
+
+
+def shift_up(codes: Tensor, codebook_VD: Tensor, s_from: int, s_to: int) -> Tensor:
+    """Codes of one scale (B, s_from²) → inputs of the next (B, s_to², D).
+
+    The embedding map is resized bicubically. Teacher forcing, the stagger-scale rollout and sampling all build
+    their inputs here (paper Eq. 2 and 6).
+    """
+    maps = F.embedding(codes, codebook_VD)  # (B, s_from², D)
+    maps = maps.transpose(1, 2).unflatten(2, (s_from, s_from))  # (B, D, s_from, s_from)
+    maps = F.interpolate(maps, size=(s_to, s_to), mode="bicubic", align_corners=False)
+    return maps.flatten(2).transpose(1, 2)  # (B, s_to², D)
+
+
+def shift_all(codes: Tensor, codebook_VD: Tensor, schedule: ScaleSchedule) -> Tensor:
+    """Codes of all scales (B, L) → inputs of scales 2…N (B, L - s₁², D), each from the scale before it.
+
+    The codes of the last scale are not used.
+    """
+    parts = schedule.split(codes)
+    sides = schedule.sides
+    shifted = [shift_up(part, codebook_VD, a, b) for part, a, b in zip(parts[:-1], sides[:-1], sides[1:], strict=True)]
+    if not shifted:
+        return codebook_VD.new_empty(len(codes), 0, codebook_VD.shape[1])
+    return torch.cat(shifted, dim=1)

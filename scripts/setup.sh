@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Make .venv with everything in requirements.txt and tests/requirements.txt. Does nothing when that is done already.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if [ -n "${PYTHON:-}" ]; then exit 0; fi # the caller brings an environment of their own
+base=$(command -v python3 || command -v python) || { echo "error: Python 3.10 or newer is missing" >&2; exit 1; }
+"$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    { echo "error: Python 3.10 or newer is needed, $base is $("$base" -V)" >&2; exit 1; }
+
+want=$(cat requirements.txt tests/requirements.txt | cksum)
+if [ -x .venv/bin/python ] && [ "$(cat .venv/current 2>/dev/null)" = "$want" ]; then exit 0; fi
+
+echo "setting up .venv (PyTorch is a few GB) …"
+[ -x .venv/bin/python ] || "$base" -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
+echo "$want" > .venv/current

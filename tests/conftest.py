@@ -1,0 +1,119 @@
+"""The reference models, rebuilt from the recipe that made them, and small runs to train."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models import VQVAE, FlexVAR, FlexVARConfig, ScaleSchedule, VQVAEConfig
+from models.flexvar import sinusoids
+from utils.checkpoint import save_weights
+from utils.config import TrainConfig, parse
+from utils.distributed import Ranks
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "tests/data"
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def recipe_value(key: str, shape: torch.Size, noise: Tensor) -> Tensor:
+    """The value of one tensor in the reference models."""
+    if "norm" in key and key.endswith("weight"):
+        return 1 + 0.1 * noise
+    if key.endswith("scale_mul_1H11"):
+        return 1 + 0.5 * noise
+    if key == "pos_1LC":
+        return sinusoids(shape[1], shape[2]) + 0.02 * noise
+    if key.endswith("bias"):
+        return 0.05 * noise
+    if len(shape) == 4:
+        return noise * 1.2 / (shape[1] * shape[2] * shape[3]) ** 0.5
+    if key == "quantize.embedding.weight":
+        return noise
+    return noise / shape[1] ** 0.5 if len(shape) == 2 else 0.08 * noise
+
+
+@torch.no_grad()
+def fill(module: nn.Module, seed: int) -> nn.Module:
+    """Fill a model by the recipe: seeded normals, drawn in the order of the sorted keys."""
+    generator = torch.Generator().manual_seed(seed)
+    state = module.state_dict()
+    for key in sorted(state):
+        if not key.endswith(("attn_bias_for_masking", "zero_k_bias", "codebook_used")):
+            noise = torch.randn(state[key].shape, generator=generator)
+            state[key].copy_(recipe_value(key, state[key].shape, noise))
+    return module.eval()
+
+
+@pytest.fixture(scope="session")
+def expected() -> dict[str, Tensor]:
+    """What the released implementation computes with the reference models."""
+    return load_file(DATA / "tiny_expected.safetensors")
+
+
+@pytest.fixture(scope="session")
+def vae() -> VQVAE:
+    return fill(VQVAE(VQVAEConfig(base_width=32, z_channels=64, codebook_size=128)), 11).requires_grad_(False)
+
+
+@pytest.fixture
+def model() -> FlexVAR:
+    config = FlexVARConfig(depth=2, width=128, num_classes=10, codebook_size=128, drop_path=0.1)
+    return fill(FlexVAR(config), 12)
+
+
+@pytest.fixture(scope="session")
+def schedule() -> ScaleSchedule:
+    return ScaleSchedule((1, 2, 3, 4))
+
+
+@pytest.fixture(scope="session")
+def small_vae_file(tmp_path_factory) -> Path:
+    """A tokenizer with random weights: 16×16 pixels ↔ 4×4 latents, 32 codes."""
+    torch.manual_seed(0)
+    config = VQVAEConfig(32, (1, 1, 1), res_blocks=1, z_channels=32, codebook_size=32, codebook_dim=8)
+    path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
+    save_weights(VQVAE(config), path)
+    return path
+
+
+@pytest.fixture
+def flags(small_vae_file, tmp_path) -> list[str]:
+    """A run of seconds: digits at 16×16, two blocks of width 64, three steps."""
+    return [
+        "--dataset=digits", "--workers=0", f"--vae_ckpt={small_vae_file}", "--depth=2", "--width=64", "--pn=1_2_4",
+        "--schedule=fixed", "--bs=8", "--max_steps=3", "--lr=1e-2", "--log_every=1", "--eval_images=16",
+        "--vis_num_samples=4", f"--out_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+
+
+def config_of(flags: list[str], *more: str) -> TrainConfig:
+    return parse(TrainConfig, [*flags, *more])
+
+
+def run(*command: str | Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    """A real process of the project, from its root."""
+    done = subprocess.run(
+        [str(c) for c in command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, text=True,
+        capture_output=True, timeout=500,
+    )  # fmt: skip
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def torchrun(processes: int, *command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return run(*launcher, *command, **env)
+
+
+def worst(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference, relative to the largest wanted value."""
+    assert found.shape == wanted.shape
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()

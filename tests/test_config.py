@@ -1,0 +1,120 @@
+import ast
+import dataclasses
+import os
+
+import pytest
+
+from models.scales import DEFAULT_SCHEDULE
+from tests.conftest import ROOT
+from utils import config as config_module
+from utils.config import RETIRED, TokenizerTrainConfig, TrainConfig, parse, translate
+
+
+def test_released_names_and_both_spellings():
+    config = parse(
+        TrainConfig,
+        ["--dataset=digits", "--continue_training_ckpt", "a.pth", "--sigma=0.5", "--fp16", "2", "--bs=4", "--ep", "3",
+         "--twd=0.1", "--tclip", "1", "--alng=1e-4", "--wpe", "0.5", "--workers=2", "--seed", "7",
+         "--vis_num_samples=3", "--vis_cfg_scale", "2", "--training_mode=csfl", "--exp_name", "x", "--depth=20", "--vae_ckpt", "v.pth",
+         "--pn=1_2_16"],
+    )  # fmt: skip
+    assert config.model.init_ckpt == "a.pth"
+    assert config.sar.csf_weight == 0.5
+    assert config.optim.precision == "bf16"
+    assert (config.optim.bs, config.optim.ep, config.run.seed, config.model.depth) == (4, 3.0, 7, 20)
+    assert config.model.scales.sides == (1, 2, 16)
+    assert parse(TrainConfig, ["--dataset", "digits", "--fp16=1"]).optim.precision == "fp16"
+
+
+def test_defaults_are_the_paper_recipe():
+    config = TrainConfig()
+    assert (config.optim.ep, config.optim.bs, config.optim.lr, config.optim.wp, config.optim.wpe) == (
+        10,
+        768,
+        1e-4,
+        0,
+        1,
+    )
+    assert (config.optim.tclip, config.optim.twd, config.model.label_drop) == (2.0, 0.05, 0.1)
+    sar = config.sar
+    assert (sar.training_mode, sar.csf_weight, sar.ssr, sar.rollout) == ("csfl", 0.01, "all", "cfg")
+    assert (sar.sf_cfg_scale, sar.sf_top_k, sar.sf_top_p, sar.csf_target) == (2.5, 900, 0.95, "teacher")
+    assert config.model.scales == DEFAULT_SCHEDULE
+
+
+WRONG = [
+    (["--no_such_flag=1"], "--no_such_flag"),
+    (["--dep", "16"], "--dep"),  # no abbreviations
+    (["--training_mode=sar"], "--training_mode"),
+    (["--rollout=gumbel"], "--rollout"),
+    (["--ssr=first"], "--ssr"),
+    (["--csf_target=student"], "--csf_target"),
+    (["--precision=fp8"], "--precision"),
+    (["--logger_type=mlflow"], "--logger_type"),
+    (["--schedule=random"], "--schedule"),
+    (["--dataset=imagenet"], "--dataset"),
+    (["--bs=0"], "--bs"),
+    (["--bs=many"], "--bs"),
+    (["--ep=0"], "--ep"),
+    (["--lr=-1"], "--lr"),
+    (["--label_drop=1"], "--label_drop"),
+    (["--sf_top_p=1.5"], "--sf_top_p"),
+    (["--ema=1"], "--ema"),
+    (["--fp16=3"], "--fp16"),
+    (["--pn=1_2_8"], "--schedule fixed"),
+    (["--pn=2_1"], "must grow"),
+    (["--vis_ema=true"], "--vis_ema has no effect without --ema"),
+    (["--rollout=argmax", "--sf_top_k=5"], "--sf_top_k has no effect without --rollout sample or cfg"),
+    (["--rollout=sample", "--sf_cfg_scale=3"], "--sf_cfg_scale has no effect"),
+    (["--training_mode=teacher_forcing", "--ssr=last"], "--ssr has no effect without --training_mode csfl"),
+    (["--wandb_notes=x"], "--wandb_notes has no effect without --logger_type wandb"),
+    *[([flag, "1"], flag) for flag in RETIRED],
+]
+
+
+@pytest.mark.parametrize(("flags", "named"), WRONG)
+def test_a_wrong_flag_exits_with_2_and_is_named(flags, named, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(TrainConfig, flags)
+    assert exit_.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_tblr_says_that_lr_is_not_scaled(capsys):
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--tblr=1e-4"])
+    assert "not" in (err := capsys.readouterr().err)
+    assert "--lr" in err
+
+
+@pytest.mark.parametrize("spelling", [["--wandb_api_key", "s3cret"], ["--wandb_api_key=s3cret"]])
+def test_a_secret_goes_to_the_environment_only(spelling, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert translate([*spelling, "--bs=4"]) == ["--bs=4"]
+    assert os.environ.pop("WANDB_API_KEY") == "s3cret"
+    config = parse(TrainConfig, ["--dataset=digits", *spelling])
+    assert "s3cret" not in str(config)
+    assert os.environ.pop("WANDB_API_KEY") == "s3cret"
+
+
+def attributes_read(path):
+    """Every `.name` and every literal string in a source file."""
+    tree = ast.parse(path.read_text())
+    return {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+
+
+def test_every_field_is_read_by_something():
+    sources = [p for p in ROOT.rglob("*.py") if not {"tests", ".venv"} & set(p.relative_to(ROOT).parts)]
+    outside = set().union(*(attributes_read(p) for p in sources if p.name != "config.py"))
+    inside = attributes_read(ROOT / "utils/config.py")
+    by_property = {"pn", "out_dir"}  # reach the run through .scales and .directory
+    assert by_property <= inside
+    groups = {f.default_factory for c in (TrainConfig, TokenizerTrainConfig) for f in dataclasses.fields(c)}
+    unread = {f.name for g in groups for f in dataclasses.fields(g)} - outside - by_property
+    assert not unread
+
+
+def test_configs_are_frozen():
+    for name, thing in vars(config_module).items():
+        if dataclasses.is_dataclass(thing) and isinstance(thing, type):
+            assert thing.__dataclass_params__.frozen, name

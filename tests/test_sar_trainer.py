@@ -1,0 +1,152 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.sampling import Guidance, sample_tokens
+from models.scales import ScaleSchedule, shift_all
+from sar_trainer import SARTrainer
+from tests.conftest import ALONE, config_of, worst
+from train import build
+from trainer import Trainer
+from utils.data import CodeBatch, open_dataset
+
+
+@pytest.fixture
+def reference(flags, vae, model):
+    """A SAR trainer around the reference models, at rest."""
+
+    def make(*more):
+        config = config_of(flags, "--pn=1_2_3_4", *more)
+        train = open_dataset(config.data, 64, 0, "train")
+        trainer = SARTrainer(config, model, vae, train, None, ALONE)
+        model.eval()
+        return trainer
+
+    return make
+
+
+def batch_of(expected, schedule):
+    codes = dict(zip(schedule.sides, schedule.split(expected["vae.codes"]), strict=True))
+    return CodeBatch(expected["labels"], codes)
+
+
+@pytest.mark.parametrize("ssr", ["all", "last"])
+def test_both_second_passes_equal_the_released_ones(ssr, reference, expected, schedule):
+    trainer = reference("--rollout=argmax", f"--ssr={ssr}", "--csf_weight=0.25")
+    seen = {}
+    network = trainer.network
+
+    def spy(labels, inputs, sides, start=True):
+        seen["inputs"], seen["logits"] = inputs, network(labels, inputs, sides, start)
+        return seen["logits"]
+
+    trainer.network = spy
+    with torch.no_grad():
+        loss, metrics = trainer.compute_loss(batch_of(expected, schedule), schedule)
+        teacher = trainer.teacher_pass(batch_of(expected, schedule), schedule)
+    rollout = trainer.roll_out(teacher, expected["labels"], schedule)
+    assert torch.equal(rollout, expected["student.rollout_argmax"])
+    assert worst(metrics["loss_csf"].view(1), expected[f"student.csf_loss_{ssr}"]) < 1e-5
+    assert worst(metrics["loss_tf"].view(1), expected["teacher.loss"]) < 1e-5
+    assert loss.item() == pytest.approx(metrics["loss_tf"].item() + 0.25 * metrics["loss_csf"].item(), rel=1e-6)
+    with torch.no_grad():
+        trainer.student_loss(rollout, expected["vae.codes"], expected["labels"], schedule)
+    if ssr == "all":
+        assert worst(seen["inputs"], expected["student.inputs"]) < 1e-5
+        assert worst(seen["logits"], expected["student.logits_all"]) < 1e-5
+    else:
+        assert worst(seen["logits"][:, 1:], expected["student.logits_last"]) < 1e-5
+
+
+def test_rollouts_by_their_definitions(reference, model, expected, schedule):
+    inputs, labels = expected["teacher.inputs"], expected["labels"]
+    cond, uncond = expected["teacher.logits"], expected["teacher.logits_null_class"]
+    weights = [2.0 * 0.5 * (1 + i / 3) for i in range(4)]
+    guided = torch.cat(
+        [(1 + w) * c - w * u for w, c, u in zip(weights, schedule.split(cond), schedule.split(uncond), strict=True)], 1
+    )
+    for flags, logits in [
+        (["--rollout=sample", "--sf_top_k=20", "--sf_top_p=0.9"], cond),
+        (["--rollout=cfg", "--sf_top_k=20", "--sf_top_p=0.9", "--sf_cfg_scale=2"], guided),
+    ]:
+        trainer = reference(*flags)
+        teacher = trainer.teacher_pass(batch_of(expected, schedule), schedule)
+        assert worst(teacher.inputs, inputs) < 1e-5
+        torch.manual_seed(3)
+        found = trainer.roll_out(teacher, labels, schedule)
+        torch.manual_seed(3)
+        assert torch.equal(found, sample_tokens(logits, 20, 0.9, torch.rand(2, 30)))
+    assert Guidance("half_ramp", 2.0).weights(schedule.sides) == pytest.approx(weights)
+
+
+def test_ground_truth_target(reference, expected, schedule):
+    trainer = reference("--rollout=argmax", "--csf_target=ground_truth", "--csf_weight=1")
+    _, metrics = trainer.compute_loss(batch_of(expected, schedule), schedule)
+    logits, truth = expected["student.logits_all"][:, 1:], expected["vae.codes"][:, 1:]
+    wanted = F.cross_entropy(logits.flatten(0, 1), truth.flatten())
+    assert metrics["loss_csf"].item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_no_gradient_flows_through_the_rollout(reference, model, expected, schedule):
+    trainer = reference("--rollout=cfg", "--csf_weight=1")
+    teacher = trainer.teacher_pass(batch_of(expected, schedule), schedule)
+    rollout = trainer.roll_out(teacher, expected["labels"], schedule)
+    csf, _ = trainer.student_loss(rollout, teacher.tokens, expected["labels"], schedule)
+    csf.backward()
+    found = model.head.weight.grad.clone()
+    model.zero_grad()
+    inputs = shift_all(rollout, trainer.codebook, schedule)
+    logits = model(expected["labels"], inputs, schedule)
+    F.cross_entropy(logits[:, 1:].flatten(0, 1), rollout[:, 1:].flatten()).backward()
+    assert worst(found, model.head.weight.grad) < 1e-5
+
+
+def test_the_unconditional_half_runs_once_and_without_gradient(reference, model, expected, schedule):
+    trainer = reference("--rollout=cfg", "--csf_weight=1")
+    calls = []
+    model.register_forward_hook(lambda *args: calls.append((args[1][0].tolist(), torch.is_grad_enabled())))
+    trainer.compute_loss(batch_of(expected, schedule), schedule)
+    assert calls == [([3, 7], True), ([10, 10], False), ([3, 7], True)]
+
+
+@pytest.mark.parametrize("drop", ["0", "0.5"])
+def test_weight_zero_is_teacher_forcing_bit_for_bit(drop, flags, tmp_path):
+    runs = {}
+    for name, mode in [("tf", ["--training_mode=teacher_forcing"]), ("sar", ["--csf_weight=0"])]:
+        config = config_of(flags, *mode, f"--label_drop={drop}", f"--out_dir={tmp_path / name}")
+        runs[name] = build(config, ALONE)
+        runs[name].fit()
+    assert type(runs["tf"]) is Trainer
+    assert type(runs["sar"]) is SARTrainer
+    for (name, a), b in zip(
+        runs["tf"].model.state_dict().items(), runs["sar"].model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+def test_dropped_classes_are_shared_by_both_passes(reference, model):
+    trainer = reference("--rollout=sample", "--label_drop=0.5")
+    seen = []
+    model.register_forward_hook(lambda *args: seen.append(args[1][0].clone()))
+    torch.manual_seed(1)
+    trainer.micro_loss(torch.rand(8, 3, 64, 64) * 2 - 1, torch.arange(8))
+    assert len(seen) == 2
+    assert torch.equal(seen[0], seen[1])
+    assert 0 < (seen[0] == 10).sum() < 8
+
+
+def test_what_is_logged(reference, expected, schedule):
+    trainer = reference("--rollout=argmax")
+    _, metrics = trainer.compute_loss(batch_of(expected, schedule), schedule)
+    assert metrics["rollout_agreement"] == 1
+    hits = (expected["student.rollout_argmax"] == expected["vae.codes"]).float().mean()
+    assert metrics["rollout_accuracy"] == hits
+    assert {"student_loss_side/2", "student_loss_side/4", "loss_side/1", "loss_tf", "loss_csf"} <= set(metrics)
+    assert "student_loss_side/1" not in metrics
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_one_scale_has_no_second_pass(reference, expected):
+    trainer, one = reference("--rollout=argmax", "--csf_weight=1"), ScaleSchedule((4,))
+    _, metrics = trainer.compute_loss(CodeBatch(expected["labels"], {4: expected["vae.codes"][:, 14:]}), one)
+    assert "loss_csf" not in metrics

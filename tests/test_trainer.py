@@ -1,0 +1,179 @@
+import json
+import math
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.scales import ScaleSchedule, draw_schedule
+from sar_trainer import SARTrainer
+from tests.conftest import ALONE, config_of, run, torchrun
+from train import build
+from trainer import Trainer, scale_losses
+from utils.checkpoint import latest_checkpoint
+from utils.data import encode_batch
+from utils.distributed import Ranks
+
+TF = "--training_mode=teacher_forcing"
+CPU = torch.device("cpu")
+
+
+def weights_of(directory):
+    return load_file(latest_checkpoint(directory) / "model.safetensors")
+
+
+def assert_same(a, b, tolerance=0.0):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= tolerance, name
+
+
+def lines_of(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_loss_by_the_obvious_formula():
+    torch.manual_seed(0)
+    schedule, logits, tokens = ScaleSchedule((1, 2)), torch.randn(3, 5, 7), torch.randint(7, (3, 5))
+    loss, metrics = scale_losses(logits, tokens, schedule)
+    nll = [[-logits[b, t].log_softmax(-1)[tokens[b, t]].item() for t in range(5)] for b in range(3)]
+    assert loss.item() == pytest.approx(sum(map(sum, nll)) / 15, rel=1e-5)
+    assert metrics["loss_side/1"].item() == pytest.approx(sum(row[0] for row in nll) / 3, rel=1e-5)
+    assert metrics["loss_side/2"].item() == pytest.approx(sum(sum(row[1:]) for row in nll) / 12, rel=1e-5)
+    hits = (logits.argmax(-1) == tokens)[:, 1:].float().mean().item()
+    assert metrics["accuracy_side/2"].item() == pytest.approx(hits)
+
+
+def test_a_run_learns_and_writes_what_it_promises(flags, tmp_path):
+    trainer = build(config_of(flags, TF, "--max_steps=30", "--log_every=10", "--ema=0.9"), ALONE)
+    assert type(trainer) is Trainer
+    trainer.fit()
+    lines = lines_of(tmp_path / "run")
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert losses[0] == pytest.approx(math.log(32), abs=0.3)
+    assert losses[-1] < losses[0] - 0.1
+    assert {"train/loss_side/4", "train/accuracy_side/4", "train/images_per_second", "train/gradient_norm"} <= set(
+        lines[0]
+    )
+    assert any("val/loss_side/2" in line for line in lines)
+    assert (tmp_path / "run/samples/step_0000030.png").stat().st_size > 100
+    assert list((tmp_path / "run/tensorboard").glob("events*"))
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    assert {p.name for p in checkpoint.iterdir()} == {"model.safetensors", "ema.safetensors", "state.pt"}
+    averaged = load_file(checkpoint / "ema.safetensors")
+    assert not torch.equal(averaged["head.weight"], weights_of(tmp_path / "run")["head.weight"])
+
+
+def test_held_out_loss_is_the_mean_over_the_held_out_images(flags):
+    trainer = build(config_of(flags, TF, "--eval_images=13", "--bs=4"), ALONE)
+    found = trainer.held_out()
+    schedule = trainer.config.model.scales
+    images, labels = zip(*(trainer.val_set[0, i] for i in range(13)), strict=True)
+    batch = encode_batch(trainer.vae, torch.stack(images), torch.tensor(labels), schedule)
+    with torch.no_grad():
+        trainer.model.eval()
+        wanted, _ = trainer.compute_loss(batch, schedule)
+    assert found["loss"] == pytest.approx(wanted.item(), rel=1e-5)
+    assert set(found) == {"loss", *(f"{k}_side/{s}" for k in ("loss", "accuracy") for s in (1, 2, 4))}
+
+
+def test_class_dropout_draws_the_null_class_at_its_rate(flags):
+    trainer = build(config_of(flags, TF, "--label_drop=0.3"), ALONE)
+    torch.manual_seed(0)
+    dropped = trainer.drop_classes(torch.ones(10_000, dtype=torch.long))
+    assert set(dropped.tolist()) == {1, 10}
+    assert (dropped == 10).float().mean().item() == pytest.approx(0.3, abs=0.02)
+
+
+def test_schedule_is_drawn_a_step_or_fixed(flags):
+    fixed = build(config_of(flags, TF), ALONE)
+    assert fixed.schedule().sides == (1, 2, 4)
+    drawn = config_of(flags, TF, "--schedule=flexvar", "--pn=1_2_3_4_5_6_8_10_13_16", "--seed=4", "--vis_num_samples=0")
+    trainer = build(drawn, ALONE)
+    for step in (0, 1, 7):
+        trainer.step = step
+        assert trainer.schedule() == draw_schedule(4, step)
+
+
+@pytest.mark.parametrize("mode", [TF, "--training_mode=csfl"])
+def test_two_ranks_equal_one_rank_with_two_accumulation_steps(mode, flags, tmp_path):
+    """Also: plain `python train.py` and torchrun both work."""
+    common = [*flags, mode, "--micro_batch=4", "--label_drop=0.5"]
+    run(sys.executable, "train.py", *common, f"--out_dir={tmp_path / 'one'}")
+    torchrun(2, "train.py", *common, f"--out_dir={tmp_path / 'two'}")
+    assert_same(weights_of(tmp_path / "one"), weights_of(tmp_path / "two"), tolerance=2e-6)
+    for a, b in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"train/images_per_second"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name
+
+
+def test_resume_is_exact(flags, tmp_path):
+    common = [*flags, "--csf_weight=0.5", "--ema=0.9", "--wpe=0.1", "--max_steps=5"]
+    whole = build(config_of(common, f"--out_dir={tmp_path / 'whole'}"), ALONE)
+    whole.fit()
+    pieces = [*common, f"--out_dir={tmp_path / 'pieces'}"]
+    build(config_of(pieces, "--max_steps=2"), ALONE).fit()
+    second = build(config_of(pieces), ALONE)
+    second.fit()
+    assert second.step == 5
+    assert_same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "pieces"))
+    ema = [load_file(latest_checkpoint(tmp_path / d) / "ema.safetensors") for d in ("whole", "pieces")]
+    assert_same(*ema)
+    steps = [line["step"] for line in lines_of(tmp_path / "pieces") if "train/loss" in line]
+    assert steps == [1, 2, 3, 4, 5]
+    wanted, found = (
+        [line["train/loss"] for line in lines_of(tmp_path / d) if "train/loss" in line] for d in ("whole", "pieces")
+    )
+    assert wanted == found
+    build(config_of(pieces), ALONE).fit()  # a finished run starts, finds nothing to do, and ends
+
+
+def test_initial_weights_come_from_the_checkpoint(flags, tmp_path):
+    build(config_of(flags, TF), ALONE).fit()
+    again = config_of(flags, f"--init_ckpt={tmp_path / 'run'}", f"--out_dir={tmp_path / 'next'}")
+    trainer = build(again, ALONE)
+    assert isinstance(trainer, SARTrainer)
+    assert trainer.step == 0
+    assert_same(trainer.model.state_dict(), weights_of(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"missing: blocks\.2"):
+        build(config_of(flags, f"--init_ckpt={tmp_path / 'run'}", "--depth=3"), ALONE)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains(precision, flags, tmp_path):
+    trainer = build(config_of(flags, f"--precision={precision}", "--max_steps=12"), ALONE)
+    trainer.fit()
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    losses = [line["train/loss"] for line in lines_of(tmp_path / "run") if "train/loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_gradients_are_clipped_and_their_norm_is_logged(flags, tmp_path):
+    trainer = build(config_of(flags, TF, "--tclip=1e-3", "--max_steps=1"), ALONE)
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1e-2)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.fit()
+    moved = torch.stack([(a - b).norm() for a, b in zip(before, trainer.model.parameters(), strict=True)]).norm()
+    assert moved.item() == pytest.approx(1e-3 * trainer.optimizer.param_groups[0]["lr"], rel=1e-3)
+    assert lines_of(tmp_path / "run")[0]["train/gradient_norm"] > 1e-2
+
+
+def test_wrong_batch_and_classes_are_named(flags):
+    with pytest.raises(ValueError, match="--bs 8 is not --micro_batch 3"):
+        build(config_of(flags, TF, "--micro_batch=3"), ALONE)
+    with pytest.raises(ValueError, match="10 classes, the model only 4"):
+        build(config_of(flags, TF, "--num_classes=4"), ALONE)
+
+
+def test_errors_of_a_user_are_one_line(flags):
+    done = run(sys.executable, "train.py", *flags, "--vae_ckpt=nowhere.pth", check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith("error: no weight file nowhere.pth")
+    assert "Traceback" not in done.stderr
+
+
+def test_mean_over_ranks_is_the_value_on_one():
+    values = torch.tensor([1.0, 2.0])
+    assert torch.equal(Ranks(0, 1, CPU).mean(values), values)

@@ -1,0 +1,41 @@
+import json
+
+import pytest
+import torch
+
+from models.vqvae import VQVAE, Quantizer, VQVAEConfig
+from tests.conftest import DATA, worst
+
+
+def test_latent_codes_and_reconstruction_equal_the_released_ones(vae, expected):
+    latent = vae.encode(expected["images"])
+    assert worst(latent, expected["vae.latent"]) < 1e-5
+    codes = torch.cat([vae.codes(latent, s) for s in (1, 2, 3, 4)], dim=1)
+    assert torch.equal(codes, expected["vae.codes"])
+    assert worst(vae.decode(codes[:, -16:], 4), expected["vae.reconstruction"]) < 2e-5
+
+
+def test_full_size_keys_and_shapes_are_those_of_the_released_file():
+    with torch.device("meta"):
+        own = {name: list(t.shape) for name, t in VQVAE().state_dict().items()}
+    assert own == json.loads((DATA / "checkpoint_manifest.json").read_text())["FlexVAE.pth"]["tensors"]
+    assert VQVAEConfig().factor == 16
+
+
+def test_nearest_row_by_the_obvious_loop():
+    torch.manual_seed(0)
+    quantizer = Quantizer(VQVAEConfig(codebook_size=50, codebook_dim=4))
+    torch.nn.init.normal_(quantizer.embedding.weight)
+    with torch.no_grad():
+        quantizer.embedding.weight[20] = quantizer.embedding.weight[7] * 3  # the same direction: a tie
+    rows = torch.stack([r / r.norm() for r in quantizer.embedding.weight])
+    z = torch.nn.functional.normalize(torch.cat([torch.randn(30, 4), rows[7:8]]), dim=-1)
+    wanted = [min(range(50), key=lambda i: ((v - rows[i]) ** 2).sum().item()) for v in z]
+    assert quantizer.nearest(z)[:-1].tolist() == wanted[:-1]
+    assert quantizer.nearest(z[-1:]).item() in (7, 20)
+    assert torch.allclose(quantizer.rows().norm(dim=-1), torch.ones(50))
+
+
+def test_wrong_image_side_is_named(vae):
+    with pytest.raises(ValueError, match="multiples of 16"):
+        vae.encode(torch.zeros(1, 3, 60, 64))

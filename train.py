@@ -1,0 +1,79 @@
+"""Train FlexVAR by teacher forcing or SAR: flags → config → build → fit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+
+from models.flexvar import FlexVAR, FlexVARConfig
+from models.vqvae import VQVAE
+from sar_trainer import SARTrainer
+from trainer import Trainer
+from utils.checkpoint import find_weights, flexvar_config, load_strictly, load_tokenizer, read_state_dict, write_json
+from utils.config import TrainConfig, parse
+from utils.data import check_dataset, open_dataset
+from utils.distributed import Ranks, ranks
+from utils.optim import derive_seed
+
+TRAINERS = {"teacher_forcing": Trainer, "csfl": SARTrainer}
+
+
+def build_model(config: TrainConfig, vae: VQVAE, data_classes: int) -> FlexVAR:
+    """The transformer, from --init_ckpt when there is one."""
+    wanted = config.model
+    weights = read_state_dict(wanted.init_ckpt) if wanted.init_ckpt else None
+    saved_classes = flexvar_config(weights, wanted.init_ckpt).num_classes if weights else 0
+    classes = wanted.num_classes or saved_classes or data_classes
+    if data_classes > classes:
+        raise ValueError(f"the data has {data_classes} classes, the model only {classes}")
+    torch.manual_seed(derive_seed("init", config.run.seed))
+    model = FlexVAR(
+        FlexVARConfig(
+            depth=wanted.depth,
+            width=wanted.width,
+            num_classes=classes,
+            codebook_size=vae.config.codebook_size,
+            codebook_dim=vae.config.codebook_dim,
+            aln=wanted.aln,
+            alng=wanted.alng,
+        )
+    )
+    if weights:
+        load_strictly(model, weights, wanted.init_ckpt)
+    return model
+
+
+def check(config: TrainConfig) -> None:
+    """Whether the files that the flags name are there."""
+    find_weights(config.model.vae_ckpt)
+    if config.model.init_ckpt:
+        find_weights(config.model.init_ckpt)
+    check_dataset(config.data)
+
+
+def build(config: TrainConfig, me: Ranks) -> Trainer:
+    """Tokenizer, data, model and trainer."""
+    vae = load_tokenizer(config.model.vae_ckpt)
+    size = config.model.scales.sides[-1] * vae.config.factor
+    train_set, val_set = (open_dataset(config.data, size, config.run.seed, split) for split in ("train", "val"))
+    model = build_model(config, vae, len(train_set.classes))
+    return TRAINERS[config.sar.training_mode](config, model, vae, train_set, val_set, me)
+
+
+def main() -> None:
+    config = parse(TrainConfig, description=__doc__)
+    with ranks() as me:
+        if config.run.check:
+            with me.user_errors():
+                check(config)
+            return
+        with me.user_errors():
+            trainer = build(config, me)
+        if me.first:
+            write_json(config.run.directory / "config.json", asdict(config))
+        trainer.fit()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Every load and save in the project: released files, our own, and the state of a run.
+
+Loads are strict. The known differences of released files are in KNOWN, by name. Nothing is unpickled: `.pth` files
+are read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.flexvar import FlexVAR, FlexVARConfig
+from models.vqvae import VQVAE, VQVAEConfig
+
+StateDict = dict[str, Tensor]
+
+MODEL, EMA, STATE = "model.safetensors", "ema.safetensors", "state.pt"
+# Buffers of released transformer files that depend on the schedule a file was saved with: not part of the model.
+KNOWN = {"attn_bias_for_masking"}
+
+
+# --------------------------------------------------------------------------------------------- state dicts
+
+
+def find_weights(path: str | Path, name: str = MODEL) -> Path:
+    """A weight file as it is; of a run's or a checkpoint's directory, the newest weights in it."""
+    path = Path(path)
+    if path.is_dir():
+        newest = latest_checkpoint(path)
+        found = (newest or path) / name
+        if not found.is_file():
+            raise ValueError(f"{path} holds no {name}")
+        return found
+    if not path.is_file():
+        raise ValueError(f"no weight file {path}; released ones are named in pretrained/README.md")
+    return path
+
+
+def read_state_dict(path: str | Path) -> StateDict:
+    """The tensors of a weight file, `.safetensors` or `.pth`, out of whichever container holds them."""
+    path = find_weights(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is damaged or is not a file of plain tensors: {reason}") from None
+    return unwrap(found, path)
+
+
+def unwrap(found: object, path: Path) -> StateDict:
+    """Released containers: {'model': state dict}, {'trainer': {'var_wo_ddp': state dict}}, or a bare one."""
+    if isinstance(found, dict) and isinstance(found.get("trainer"), dict):
+        found = found["trainer"].get("var_wo_ddp")
+    elif isinstance(found, dict) and isinstance(found.get("model"), dict):
+        found = found["model"]
+    if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
+        raise ValueError(f"{path} holds no state dict in a layout known here")
+    return found
+
+
+def load_strictly(module: nn.Module, weights: StateDict, source: str | Path) -> None:
+    """Load every tensor by name and shape, or say all that differs and load nothing."""
+    weights = {name: tensor for name, tensor in weights.items() if name not in KNOWN}
+    own = module.state_dict()
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} here"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    kinds = {
+        "missing": [name for name in own if name not in weights],
+        "unexpected": [name for name in weights if name not in own],
+        "another shape": shapes,
+    }
+    if any(kinds.values()):
+        lines = [f"\n  {kind}: {some(names)}" for kind, names in kinds.items() if names]
+        raise ValueError(f"{source} does not fit this model:" + "".join(lines))
+    module.load_state_dict(weights)
+
+
+def some(names: list[str], limit: int = 5) -> str:
+    """The first few of a list, and how many more there are."""
+    rest = f", … and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
+
+
+def tokenizer_config(weights: StateDict, source: str | Path) -> VQVAEConfig:
+    """A tokenizer's sizes, read off its tensors."""
+    try:
+        base = weights["encoder.conv_in.weight"].shape[0]
+        levels = count(weights, "encoder.conv_blocks.{}.res.0.conv1.weight")
+        widths = [weights[f"encoder.conv_blocks.{i}.res.0.conv1.weight"].shape[0] for i in range(levels)]
+        rows, dim = weights["quantize.embedding.weight"].shape
+        return VQVAEConfig(
+            base_width=base,
+            width_mult=tuple(width // base for width in widths),
+            res_blocks=count(weights, "encoder.conv_blocks.0.res.{}.conv1.weight"),
+            z_channels=weights["encoder.conv_out.weight"].shape[0],
+            codebook_size=rows,
+            codebook_dim=dim,
+        )
+    except KeyError as error:
+        raise ValueError(f"{source} is not a tokenizer: it has no {error.args[0]}") from None
+
+
+def flexvar_config(weights: StateDict, source: str | Path) -> FlexVARConfig:
+    """A transformer's sizes, read off its tensors."""
+    try:
+        width, dim = weights["word_embed.weight"].shape
+        return FlexVARConfig(
+            depth=count(weights, "blocks.{}.attn.mat_qkv.weight"),
+            width=width,
+            num_classes=weights["class_emb.weight"].shape[0] - 1,
+            codebook_size=weights["head.weight"].shape[0],
+            codebook_dim=dim,
+        )
+    except KeyError as error:
+        raise ValueError(f"{source} is not a FlexVAR transformer: it has no {error.args[0]}") from None
+
+
+def count(weights: StateDict, pattern: str) -> int:
+    """How many of pattern.format(0), pattern.format(1), … there are."""
+    n = 0
+    while pattern.format(n) in weights:
+        n += 1
+    return n
+
+
+def load_tokenizer(path: str | Path) -> VQVAE:
+    """A tokenizer from a file or a tokenizer run's directory: frozen, in evaluation mode, sizes as in the file."""
+    weights = read_state_dict(path)
+    vae = VQVAE(tokenizer_config(weights, path))
+    load_strictly(vae, weights, path)
+    return vae.eval().requires_grad_(False)
+
+
+def load_flexvar(path: str | Path, **overrides: float) -> FlexVAR:
+    """A transformer from a file or a run's directory, sizes as in the file."""
+    weights = read_state_dict(path)
+    model = FlexVAR(FlexVARConfig(**{**vars(flexvar_config(weights, path)), **overrides}))
+    load_strictly(model, weights, path)
+    return model
+
+
+# ------------------------------------------------------------------------------------------ state of a run
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run needs to go on, beside its weights."""
+
+    step: int
+    optimizer: dict
+    scaler: dict
+
+
+def save_checkpoint(directory: Path, state: RunState, model: nn.Module, ema: nn.Module | None, keep: int) -> Path:
+    """Write DIRECTORY/checkpoints/step_N: complete or not at all. Only the newest `keep` stay."""
+    root = directory / "checkpoints"
+    target, partial = root / f"step_{state.step:07d}", root / f".partial_{state.step:07d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_weights(model, partial / MODEL)
+    if ema is not None:
+        save_weights(ema, partial / EMA)
+    torch.save(vars(state), partial / STATE)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(partial, target)
+    for old in sorted(root.glob("step_*"))[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """A model's state dict as safetensors."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, path)
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint of a run."""
+    return max((Path(directory) / "checkpoints").glob("step_*"), default=None)
+
+
+def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module | None) -> RunState:
+    """Put a checkpoint's weights into the model (and its moving average), and return the rest."""
+    load_strictly(model, load_file(path / MODEL), path)
+    if ema is not None:
+        load_strictly(ema, load_file(path / EMA), path)
+    return RunState(**torch.load(path / STATE, map_location="cpu", weights_only=True))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Readable JSON, in one piece."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)

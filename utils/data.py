@@ -1,0 +1,211 @@
+"""Data sets, the ADM crop, and the stateless sampler.
+
+An example is named by (epoch, index): which one comes at which step, and how it is augmented, is a function of the
+seed alone, so a run can stop anywhere and go on, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import datasets as tv_datasets
+
+from models.scales import ScaleSchedule
+from models.vqvae import VQVAE
+from utils.config import DataConfig
+from utils.distributed import Ranks
+
+Key = tuple[int, int]  # epoch, index
+View = Callable[[Image.Image, int, random.Random | None], Image.Image]  # size; no rng: the evaluation view
+
+
+@dataclass(frozen=True)
+class CodeBatch:
+    """What training sees of a batch: class ids (B,) and the codes of every side, {s: (B, s²)}."""
+
+    labels: Tensor
+    codes: dict[int, Tensor]
+
+    def tokens(self, schedule: ScaleSchedule) -> Tensor:
+        """The codes of a schedule's scales, one after the other (B, L)."""
+        return torch.cat([self.codes[s] for s in schedule.sides], dim=1)
+
+
+@torch.no_grad()
+def encode_batch(vae: VQVAE, images: Tensor, labels: Tensor, schedule: ScaleSchedule) -> CodeBatch:
+    """Images (B, 3, H, W) → their codes at the sides of a schedule."""
+    latent = vae.encode(images)
+    return CodeBatch(labels, {s: vae.codes(latent, s) for s in schedule.sides})
+
+
+# ---------------------------------------------------------------------------------------------------- views
+
+
+def adm_crop(image: Image.Image, size: int, rng: random.Random | None) -> Image.Image:
+    """ImageNet's crop. Training: short side drawn from [size, ⌈size/0.88⌉], random crop, flip; else centre crop."""
+    short = rng.randint(size, math.ceil(size / 0.88)) if rng else size
+    while min(image.size) >= 2 * short:  # halving by box first keeps the bicubic step free of aliasing
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = short / min(image.size)
+    resized = (max(size, round(image.width * scale)), max(size, round(image.height * scale)))
+    image = image.resize(resized, Image.Resampling.BICUBIC)
+    free_x, free_y = image.width - size, image.height - size
+    left, top = (rng.randint(0, free_x), rng.randint(0, free_y)) if rng else (free_x // 2, free_y // 2)
+    image = image.crop((left, top, left + size, top + size))
+    flip = rng is not None and rng.random() < 0.5
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+
+
+def shift_and_rotate(image: Image.Image, size: int, rng: random.Random | None) -> Image.Image:
+    """Digits: turned by up to 10° and shifted by up to a sixteenth of the side; black comes in at the edges."""
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
+    if rng is None:
+        return image
+    reach = size / 16
+    shift = (rng.uniform(-reach, reach), rng.uniform(-reach, reach))
+    return image.rotate(rng.uniform(-10, 10), resample=Image.Resampling.BILINEAR, translate=shift)
+
+
+def small_image(image: Image.Image, size: int, rng: random.Random | None) -> Image.Image:
+    """CIFAR-10: a flip, no crop."""
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    flip = rng is not None and rng.random() < 0.5
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+
+
+# ------------------------------------------------------------------------------------------------- data sets
+
+
+class Views(Dataset):
+    """(epoch, index) → the image of that index as that epoch sees it, (3, size, size) in [-1, 1], and its label."""
+
+    def __init__(self, source: Sequence, classes: list[str], view: View, size: int, seed: int, training: bool):
+        self.source, self.classes = source, classes
+        self.view, self.size = view, size
+        self.seed, self.training = seed, training
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        epoch, index = key
+        image, label = self.source[index]
+        rng = random.Random(f"view/{self.seed}/{epoch}/{index}") if self.training else None
+        pixels = np.array(self.view(image.convert("RGB"), self.size, rng), dtype=np.float32)  # (size, size, 3), 0…255
+        return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1, label
+
+
+@lru_cache
+def digits(train: bool) -> list[tuple[Image.Image, int]]:
+    """scikit-learn's 1,797 handwritten digits: 1,300 to train on, 497 held out, each class in proportion."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    parts = train_test_split(
+        data.images, data.target, train_size=1300, random_state=0, stratify=data.target
+    )  # images train, val; labels train, val
+    images, labels = (parts[0], parts[2]) if train else (parts[1], parts[3])
+    pictures = np.round(images * (255 / 16)).astype(np.uint8)
+    return [(Image.fromarray(p), int(label)) for p, label in zip(pictures, labels, strict=True)]
+
+
+def check_dataset(config: DataConfig) -> None:
+    """Whether the training data lie where the flags say."""
+    if config.dataset == "digits":
+        return
+    if not config.data_path:
+        raise ValueError(f"--data_path is missing: where does the data set {config.dataset!r} lie?")
+    root = Path(config.data_path)
+    if config.dataset == "cifar10" and not (root / "cifar-10-batches-py").is_dir():
+        fetch = f"torchvision.datasets.CIFAR10({str(root)!r}, download=True)"
+        raise ValueError(f"no CIFAR-10 in {root}: {fetch} fetches it")
+    if config.dataset == "folder" and not (root / "train").is_dir():
+        raise ValueError(f"no directory {root / 'train'}: --data_path must hold train/<class>/<image files>")
+
+
+def open_dataset(config: DataConfig, size: int, seed: int, split: str) -> Views | None:
+    """The training ("train") or held-out ("val") part of a data set; None when a folder has no val/."""
+    check_dataset(config)
+    training = split == "train"
+    if config.dataset == "digits":
+        return Views(digits(training), [str(d) for d in range(10)], shift_and_rotate, size, seed, training)
+    if config.dataset == "cifar10":
+        source = tv_datasets.CIFAR10(config.data_path, train=training)
+        return Views(source, source.classes, small_image, size, seed, training)
+    folder = Path(config.data_path) / split
+    if not training and not folder.is_dir():
+        return None
+    try:
+        source = tv_datasets.ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    return Views(source, source.classes, adm_crop, size, seed, training)
+
+
+# --------------------------------------------------------------------------------------------------- order
+
+
+class StepSampler(Sampler[list[Key]]):
+    """The micro-batches of one rank from `start` to the last step, in order.
+
+    The data are one endless sequence of epochs, each a permutation drawn from (seed, epoch). Step t takes the next
+    `batch` examples of it; micro-batch j of the step takes the j-th share, and goes to rank j mod world. So ranks
+    never overlap, and the batch of a step does not depend on how many ranks there are.
+    """
+
+    def __init__(self, size: int, seed: int, batch: int, micro_batch: int, ranks: Ranks, start: int, total: int):
+        self.size, self.seed, self.batch, self.micro_batch = size, seed, batch, micro_batch
+        self.ranks, self.start, self.total = ranks, start, total
+        self.accumulate = accumulation(batch, micro_batch, ranks.world)
+        self.order = lru_cache(maxsize=2)(self._order)
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(self.size, generator=generator)
+
+    def key(self, position: int) -> Key:
+        """The example at a position of the endless sequence."""
+        epoch, place = divmod(position, self.size)
+        return epoch, int(self.order(epoch)[place])
+
+    def __len__(self) -> int:
+        return (self.total - self.start) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for step in range(self.start, self.total):
+            for a in range(self.accumulate):
+                first = step * self.batch + (a * self.ranks.world + self.ranks.rank) * self.micro_batch
+                yield [self.key(p) for p in range(first, first + self.micro_batch)]
+
+
+def accumulation(batch: int, micro_batch: int, world: int) -> int:
+    """Micro-batches of one rank in a step: batch = micro_batch × ranks × accumulation."""
+    if micro_batch < 1 or batch % (micro_batch * world):
+        raise ValueError(f"--bs {batch} is not --micro_batch {micro_batch} × {world} ranks × a whole number")
+    return batch // (micro_batch * world)
+
+
+def make_loader(
+    dataset: Views, sampler: Sampler | Sequence[list[Key]], workers: int, device: torch.device
+) -> DataLoader:
+    """Batches (images, labels) in the sampler's order."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=False,
+        prefetch_factor=4 if workers else None,
+    )

@@ -1,0 +1,86 @@
+"""Start-up under torchrun or alone, and what ranks say to each other."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over the ranks, on every rank."""
+        return self.sum(values) / self.world
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over the ranks, on every rank."""
+        if self.world > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    @contextmanager
+    def user_errors(self) -> Iterator[None]:
+        """A ValueError inside is something a user can mend: one line from the first rank, no traceback."""
+        try:
+            yield
+        except ValueError as error:
+            if self.first:
+                print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world > 1:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+
+def data_parallel(module: nn.Module) -> DistributedDataParallel:
+    """DDP without a broadcast of buffers at each forward: no buffer here ever changes."""
+    # torch 2.15 renames the option.
+    options = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+    # 1×1 convolutions report their gradients' strides differently from DDP's buckets; nothing is slower for it.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    return DistributedDataParallel(module, **{name: False})
+
+
+@contextmanager
+def ranks(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
+    """Join the process group that torchrun describes in the environment, or run alone."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if "RANK" not in os.environ:
+        yield Ranks(0, 1, device)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,67 @@
+"""Parameter groups, the learning rate, precision, and the seed of each piece of a step."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from utils.config import OptimConfig
+
+NO_DECAY = ("pos_1LC", "pos_start", "scale_mul_1H11")
+HOLD = 0.05  # of the run at the peak before the learning rate falls
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (0.9, 0.95) with weight decay on matrices only: not on 1-D parameters, positions or temperatures."""
+    decay, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.ndim >= 2 and not name.endswith(NO_DECAY)
+            (decay if is_matrix else plain).append(parameter)
+    groups = [{"params": decay, "weight_decay": config.twd}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate(step: int, total: int, config: OptimConfig) -> float:
+    """Linear warm-up over the first `wp` of the run, flat for 5 % of it, then linear to `wpe` of the peak."""
+    warm = config.wp * total
+    if step < warm:
+        return config.lr * (0.005 + 0.995 * step / warm)
+    progress = (step - warm) / max(total - 1 - warm, 1)  # 0 … 1 after the warm-up
+    fall = max(0.0, (progress - HOLD) / (1 - HOLD))
+    return config.lr * (1 - (1 - config.wpe) * fall)
+
+
+class Precision:
+    """fp32, bf16 or fp16 autocast, and the loss scaler that fp16 needs."""
+
+    def __init__(self, name: str, device: torch.device):
+        if name == "auto":
+            has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            name = "bf16" if has_bf16 else "fp32"
+        self.name = name
+        self.device = device
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.name != "fp32")
+
+
+def derive_seed(*key: object) -> int:
+    """A 63-bit seed from anything printable, the same on every platform."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, clip: float) -> torch.Tensor:
+    """One optimiser step from the accumulated gradients. Returns their norm before clipping."""
+    precision.scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
+    precision.scaler.step(optimizer)
+    precision.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
