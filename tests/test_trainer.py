@@ -51,8 +51,7 @@ def test_a_run_learns_and_writes_what_it_promises(flags, tmp_path):
     trainer.fit()
     lines = lines_of(tmp_path / "run")
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
-    assert losses[0] == pytest.approx(math.log(32), abs=0.3)
-    assert losses[-1] < losses[0] - 0.1
+    assert math.log(32) > losses[0] > losses[1] > losses[2]
     assert {"train/loss_side/4", "train/accuracy_side/4", "train/images_per_second", "train/gradient_norm"} <= set(
         lines[0]
     )

@@ -38,17 +38,19 @@ def read_metrics(directory: Path, name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def plot_curves(curves: dict[str, tuple[list[int], list[float]]], axes: tuple[str, str], path: Path) -> None:
-    """Named curves of (x, y) into one PNG. Curves of up to three points are drawn as markers."""
+Curves = dict[str, tuple[list[int], list[float]]]  # name → x, y
+
+
+def plot_curves(panels: dict[str, Curves], axes: tuple[str, str], path: Path) -> None:
+    """Named curves of (x, y), a panel a title, into one PNG. Curves of up to three points are drawn as markers."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    plot = figure.subplots()
-    for name, (x, y) in curves.items():
-        plot.plot(x, y, marker="o" if len(x) <= 3 else None, markersize=4, label=name)
-    plot.set_xlabel(axes[0])
-    plot.set_ylabel(axes[1])
-    plot.grid(alpha=0.3)
-    plot.legend()
+    figure = Figure(figsize=(4.8 * len(panels), 3.6), layout="constrained")
+    for plot, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, (x, y) in curves.items():
+            plot.plot(x, y, marker="o" if len(x) <= 3 else None, markersize=4, label=name)
+        plot.set(title=title, xlabel=axes[0], ylabel=axes[1])
+        plot.grid(alpha=0.3)
+        plot.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -1,0 +1,66 @@
+import json
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ALONE, run
+from utils.config import LogConfig
+from utils.distributed import Ranks
+from utils.log import JsonLines, Meter, Progress, Silent, clock, make_logger
+
+
+def test_means_over_steps_with_names_that_come_and_go():
+    meter = Meter()
+    meter.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)})
+    meter.add({"a": torch.tensor(3.0)})
+    assert meter.means(ALONE) == {"a": 2.0, "b": 5.0}
+    assert meter.means(ALONE) == {}
+
+
+def test_lines_after_a_resume_are_neither_lost_nor_doubled(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = JsonLines(path, 0)
+    for step in (1, 2, 3):
+        first.scalars({"x": step}, step)
+    first.close()
+    second = JsonLines(path, 2)  # the checkpoint was of step 2
+    second.scalars({"x": 30}, 3)
+    second.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["x"]) for line in lines] == [(1, 1), (2, 2), (3, 30)]
+
+
+def test_only_the_first_rank_writes(tmp_path):
+    logger = make_logger(LogConfig(), Ranks(1, 2, torch.device("cpu")), tmp_path, "x", {}, 0)
+    assert type(logger) is Silent
+    logger.scalars({"a": 1.0}, 1)
+    logger.image("i", torch.zeros(3, 4, 4), 1)
+    logger.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_wandb_runs_offline_and_stores_no_key(flags, tmp_path):
+    more = ["--logger_type=wandb", "--wandb_project=p", "--wandb_run_name=n", "--wandb_tags=a,b", "--wandb_notes=hi"]
+    key = "0123456789abcdef0123456789abcdef01234567"
+    env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    run(sys.executable, "train.py", *flags, *more, f"--wandb_api_key={key}", **env)
+    files = [p for p in (tmp_path / "run").rglob("*") if p.is_file()]
+    assert any(p.suffix == ".wandb" for p in files)
+    assert not any(key.encode() in p.read_bytes() for p in files)
+    assert json.loads((tmp_path / "run/config.json").read_text())["log"]["wandb_tags"] == "a,b"
+
+
+def test_progress_reports_rate_and_remaining_time(capsys):
+    progress = Progress("run", 4, 0, ALONE)
+    progress.advance(8)
+    assert progress.rate() > 0
+    progress.show({"loss": 1.5})
+    assert "run 1/4 ETA" in (err := capsys.readouterr().err)
+    assert "loss 1.5" in err
+    progress.close()
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (65, "1:05"), (3725, "1:02:05")])
+def test_clock(seconds, text):
+    assert clock(seconds) == text

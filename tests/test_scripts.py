@@ -1,0 +1,138 @@
+import re
+import sys
+
+import pytest
+from PIL import Image
+
+from models.flexvar import FlexVAR, FlexVARConfig
+from tests.conftest import ROOT, run
+from utils.checkpoint import latest_checkpoint, load_flexvar, load_tokenizer, save_weights
+from utils.config import TrainConfig, parse
+
+TRAIN_SCRIPTS = sorted(p.name for p in (ROOT / "scripts").glob("train_*_d*.sh"))
+
+
+@pytest.fixture
+def spy(tmp_path):
+    """A stand-in for Python that writes its arguments down."""
+    path = tmp_path / "python"
+    path.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "--" "$@" >> "$(dirname "$0")/calls"\n')
+    path.chmod(0o755)
+    return path
+
+
+def calls_of(spy):
+    return [call.strip().split("\n") for call in (spy.parent / "calls").read_text().split("--\n")[1:]]
+
+
+@pytest.mark.parametrize("script", TRAIN_SCRIPTS)
+def test_each_script_is_the_recipe_of_its_depth(script, spy):
+    run("bash", f"scripts/{script}", "--data_path", "x y", "--bs=8", PYTHON=str(spy), NPROC="1")
+    probe, check, train = calls_of(spy)
+    assert probe[0] == "-c"
+    assert check == [*train, "--check"]
+    assert train[0] == "train.py"
+    config = parse(TrainConfig, train[1:])
+    depth = int(re.search(r"_d(\d+)", script)[1])
+    assert config.model.depth == depth
+    assert config.data.data_path == "x y"
+    assert config.optim.bs == 8  # the user's flags come last
+    assert config.model.alng == {16: 1e-3, 20: 1e-3, 24: 1e-4}[depth]
+    if "SAR" in script:
+        epochs = {16: 179, 20: 249, 24: 349}[depth]
+        assert config.model.init_ckpt == f"pretrained/FlexVARd{depth}-epo{epochs}.pth"
+        assert config.sar.rollout == ("argmax" if "argmax" in script else "cfg")
+        defaults = TrainConfig()
+        assert config.optim == type(defaults.optim)(bs=8)
+        if "argmax" not in script:
+            assert config.sar == defaults.sar
+    else:
+        assert config.sar.training_mode == "teacher_forcing"
+
+
+def test_ranks_and_nodes_come_from_the_environment(spy):
+    env = {"PYTHON": str(spy), "NPROC": "4", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
+    run("bash", "scripts/train_SAR_d16.sh", **env)
+    launched = " ".join(calls_of(spy)[-1])
+    assert launched.startswith(
+        "-m torch.distributed.run --nnodes 2 --nproc_per_node 4 --node_rank 1 --master_addr 10.0.0.1 "
+        "--master_port 29500 train.py"
+    )
+    del env["MASTER_ADDR"]
+    done = run("bash", "scripts/train_SAR_d16.sh", check=False, MASTER_ADDR="", **env)
+    assert done.returncode == 1
+    assert "MASTER_ADDR" in done.stderr
+
+
+def test_gpus_are_counted(spy, tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/usr/bin/env bash\nprintf "GPU 0: a\\nGPU 1: b\\nGPU 2: c\\n"\n')
+    smi.chmod(0o755)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    run("bash", "scripts/train_SAR_d16.sh", PYTHON=str(spy), PATH=path)
+    assert "--nproc_per_node 3 --standalone" in " ".join(calls_of(spy)[-1])
+    run("bash", "scripts/train_SAR_d16.sh", PYTHON=str(spy), PATH=path, CUDA_VISIBLE_DEVICES="0,2")
+    assert "--nproc_per_node 2 --standalone" in " ".join(calls_of(spy)[-1])
+    run("bash", "scripts/train_SAR_d16.sh", PYTHON=str(spy), PATH=path, CUDA_VISIBLE_DEVICES="")
+    assert calls_of(spy)[-1][0] == "train.py"
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (["--vae_ckpt=nowhere/vae.pth"], "no weight file nowhere/vae.pth"),
+        (["--init_ckpt=nowhere/d16.pth"], "no weight file nowhere/d16.pth"),
+        (["--data_path=nowhere/imagenet"], "no directory nowhere/imagenet/train"),
+        (["--no_such_flag"], "--no_such_flag"),
+    ],
+)
+def test_what_is_missing_is_one_line_before_torchrun_starts(missing, message, small_vae_file, tmp_path):
+    (tmp_path / "train").mkdir()
+    present = [f"--vae_ckpt={small_vae_file}", f"--init_ckpt={small_vae_file}", f"--data_path={tmp_path}"]
+    done = run("bash", "scripts/train_SAR_d16.sh", *present, *missing, check=False, PYTHON=sys.executable, NPROC="2")
+    assert done.returncode != 0
+    assert message in done.stderr.strip().splitlines()[-1]
+    assert "torch.distributed" not in done.stderr
+
+
+def images(root):
+    """A few JPEGs in two classes."""
+    for name, colour in [("n01", (200, 30, 30)), ("n02", (30, 30, 200))]:
+        (root / "train" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (300 + 20 * i, 280), colour).save(root / "train" / name / f"{i}.JPEG")
+
+
+def test_train_script_runs_on_two_processes_with_spaces_in_its_paths(flags, small_vae_file, tmp_path):
+    root = tmp_path / "ein Ördner"
+    images(root)
+    save_weights(FlexVAR(FlexVARConfig(2, 64, 10, 32, 8)), root / "flexvar.safetensors")
+    small = [f for f in flags if not f.startswith(("--dataset", "--out_dir", "--bs"))]
+    more = [f"--data_path={root}", f"--out_dir={root / 'run'}", f"--init_ckpt={root / 'flexvar.safetensors'}"]
+    run("bash", "scripts/train_SAR_d16.sh", *small, *more, "--bs=2", "--max_steps=2", PYTHON=sys.executable, NPROC="2")
+    assert latest_checkpoint(root / "run").name == "step_0000002"
+    assert load_flexvar(root / "run").config.depth == 2
+
+
+@pytest.mark.slow
+def test_full_size_files_in_the_released_format(tmp_path):
+    """Two SAR-d16 steps on a CPU; about 5 GB of memory and some minutes."""
+    import torch
+
+    from models.vqvae import VQVAE
+
+    images(tmp_path)
+    torch.save({"model": VQVAE().state_dict()}, tmp_path / "FlexVAE.pth")
+    weights = {**FlexVAR().state_dict(), "attn_bias_for_masking": torch.zeros(1, 1, 680, 680)}
+    torch.save(weights, tmp_path / "FlexVARd16.pth")
+    assert load_tokenizer(tmp_path / "FlexVAE.pth").config.factor == 16
+    files = [f"--vae_ckpt={tmp_path / 'FlexVAE.pth'}", f"--init_ckpt={tmp_path / 'FlexVARd16.pth'}"]
+    more = [
+        f"--data_path={tmp_path}",
+        f"--out_dir={tmp_path / 'run'}",
+        "--bs=2",
+        "--max_steps=2",
+        "--vis_num_samples=1",
+    ]
+    run("bash", "scripts/train_SAR_d16.sh", *files, *more, PYTHON=sys.executable, OMP_NUM_THREADS="2")
+    assert latest_checkpoint(tmp_path / "run").name == "step_0000002"
