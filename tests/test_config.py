@@ -14,10 +14,9 @@ def test_released_names_and_both_spellings():
     config = parse(
         TrainConfig,
         ["--dataset=digits", "--continue_training_ckpt", "a.pth", "--sigma=0.5", "--fp16", "2", "--bs=4",
-         "--ep", "3",
-         "--twd=0.1", "--tclip", "1", "--alng=1e-4", "--wpe", "0.5", "--workers=2", "--seed", "7",
-         "--vis_num_samples=3", "--vis_cfg_scale", "2", "--training_mode=csfl", "--exp_name", "x", "--depth=20", "--vae_ckpt", "v.pth",
-         "--pn=1_2_16"],
+         "--ep", "3", "--twd=0.1", "--tclip", "1", "--alng=1e-4", "--wpe", "0.5", "--workers=2", "--seed", "7",
+         "--vis_num_samples=3", "--vis_cfg_scale", "2", "--training_mode=csfl", "--exp_name", "x", "--depth=20",
+         "--vae_ckpt", "v.pth", "--pn=1_2_16"],
     )  # fmt: skip
     assert config.model.init_ckpt == "a.pth"
     assert config.sar.csf_weight == 0.5
