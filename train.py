@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 
 import torch
 
 from models.flexvar import FlexVAR, FlexVARConfig
+from models.pipeline import default_names
 from models.vqvae import VQVAE
 from sar_trainer import SARTrainer
 from trainer import Trainer
@@ -52,6 +54,13 @@ def check(config: TrainConfig) -> None:
     check_dataset(config.data)
 
 
+def class_names(folders: list[str], num_classes: int) -> list[str]:
+    """Names for the samples' captions: the data's, or ImageNet's when the folders are its synsets."""
+    if num_classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in folders):
+        return default_names(num_classes)
+    return folders + [str(i) for i in range(len(folders), num_classes)]
+
+
 def build(config: TrainConfig, me: Ranks) -> Trainer:
     """Tokenizer, data, model and trainer."""
     vae = load_tokenizer(config.model.vae_ckpt)
@@ -71,7 +80,8 @@ def main() -> None:
         with me.user_errors():
             trainer = build(config, me)
         if me.first:
-            write_json(config.run.directory / "config.json", asdict(config))
+            names = class_names(trainer.train_set.classes, trainer.model.config.num_classes)
+            write_json(config.run.directory / "config.json", {**asdict(config), "class_names": names})
         trainer.fit()
 
 

@@ -1,6 +1,9 @@
 """The tokenizer, the transformer, and how to sample from them."""
 
+from models.editing import inpaint
 from models.flexvar import FlexVAR, FlexVARConfig
+from models.pipeline import SARPipeline
+from models.released import build_vae_var
 from models.sampling import Guidance, generate, sample_tokens
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule, draw_schedule, shift_up
 from models.vqvae import VQVAE, VQVAEConfig
@@ -11,10 +14,13 @@ __all__ = [
     "FlexVAR",
     "FlexVARConfig",
     "Guidance",
+    "SARPipeline",
     "ScaleSchedule",
     "VQVAEConfig",
+    "build_vae_var",
     "draw_schedule",
     "generate",
+    "inpaint",
     "sample_tokens",
     "shift_up",
 ]

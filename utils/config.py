@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -245,6 +245,41 @@ class TokenizerTrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
 
+@dataclass(frozen=True)
+class SampleConfig:
+    """Everything `sample.py` takes."""
+
+    ckpt: str = "pretrained/SARd16-epo179.pth"
+    """transformer: a weight file, a run's directory, a pipeline's directory, or a Hub repository"""
+    vae_ckpt: str = ""  # tokenizer; empty: the one that CKPT brings along, or pretrained/FlexVAE.pth
+    classes: str = "207"  # class names or ids, comma-separated: "golden retriever,88"
+    n: int = 4  # images of each class
+    seed: int = 0  # image i is drawn from SEED + i
+    cfg: float = 2.5  # guidance scale
+    guidance: Literal["ramp", "constant", "none"] = "ramp"  # how guidance grows over the scales
+    top_k: int = 900  # top-k; 0: off, 1: greedy
+    top_p: float = 0.95  # top-p; 0: off
+    pn: str = ""  # scales, like 1_2_3_4; empty: those that CKPT brings along, or the default ten
+    batch: int = 16  # images at a time; the images do not depend on it
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
+    out: str = "samples.png"  # the grid of all images
+    captions: bool = True  # class names under the images of the grid
+    files: str = ""  # directory for single files, too
+    steps: str = ""  # the coarse-to-fine steps, too: a .gif, or a strip in a .png
+    image: str = ""  # a picture to edit
+    mask: str = ""  # what to repaint of IMAGE: white in this picture of its size
+    outpaint: float = 0.0  # shrink IMAGE to this share of the side and paint around it
+
+    def __post_init__(self):
+        at_least(self, n=1, seed=0, cfg=0, top_k=0, top_p=0, batch=1)
+        if self.image and bool(self.mask) == bool(self.outpaint):
+            raise ValueError("--image needs either --mask or --outpaint")
+        only_with(self, bool(self.image), "--image", ["mask", "outpaint"])
+        only_with(self, not self.image, "sampling from scratch: leave --image out", ["steps"])
+        if self.steps and not self.steps.lower().endswith((".gif", ".png")):
+            raise ValueError(f"--steps must end in .gif or .png, got {self.steps!r}")
+
+
 # Released flags that mean nothing here, and what to use instead.
 RETIRED = {
     "--tblr": "--lr is the peak learning rate as it stands: give --lr TBLR·BS/256 for the released scaling",
@@ -308,11 +343,11 @@ __all__ = [
     "OptimConfig",
     "RunConfig",
     "SARConfig",
+    "SampleConfig",
     "TokenizerConfig",
     "TokenizerTrainConfig",
     "TrainConfig",
     "WatchConfig",
     "parse",
-    "replace",
     "translate",
 ]

@@ -1,0 +1,63 @@
+"""Fetch released weights from the Hugging Face Hub into pretrained/, with progress; a broken download goes on.
+
+python pretrained/download.py                    # lists what there is
+python pretrained/download.py SARd16-epo179.pth FlexVAE.pth
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+FLEXVAR, SAR = "jiaosiyu1999/FlexVAR", "ZGZzz/SAR"
+FILES = {
+    "FlexVAE.pth": FLEXVAR,
+    "FlexVARd16-epo179.pth": FLEXVAR,
+    "FlexVARd20-epo249.pth": FLEXVAR,
+    "FlexVARd24-epo349.pth": FLEXVAR,
+    "SARd16-epo179.pth": SAR,
+    "SARd20-epo249.pth": SAR,
+    "SARd24-epo349.pth": SAR,
+}
+HERE = Path(__file__).resolve().parent
+
+
+def download(name: str, directory: Path = HERE) -> Path:
+    """Fetch one released file, unless it is there. Raises ConnectionError when the Hub cannot be reached."""
+    if name not in FILES:
+        raise ValueError(f"{name} is no released file; there are {', '.join(FILES)}")
+    target = directory / name
+    if target.is_file():
+        return target
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(hf_hub_download(FILES[name], name, local_dir=directory))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConnectionError(
+            f"could not fetch {name} from https://huggingface.co/{FILES[name]} ({reason}); "
+            f"fetch it elsewhere and put it at {target}"
+        ) from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("files", nargs="*", help="names of released files")
+    names = parser.parse_args().files
+    if not names:
+        for name, repository in FILES.items():
+            print(f"{'here   ' if (HERE / name).is_file() else 'absent '} {name:24} {repository}")
+    try:
+        for name in names:
+            print(download(name))
+    except (ValueError, ConnectionError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
