@@ -10,6 +10,7 @@ import torch
 from models.flexvar import FlexVAR, FlexVARConfig
 from models.pipeline import default_names
 from models.vqvae import VQVAE
+from pretrained.download import offer
 from sar_trainer import SARTrainer
 from trainer import Trainer
 from utils.checkpoint import find_weights, flexvar_config, load_strictly, load_tokenizer, read_state_dict, write_json
@@ -47,11 +48,11 @@ def build_model(config: TrainConfig, vae: VQVAE, data_classes: int) -> FlexVAR:
 
 
 def check(config: TrainConfig) -> None:
-    """Whether the files that the flags name are there."""
-    find_weights(config.model.vae_ckpt)
-    if config.model.init_ckpt:
-        find_weights(config.model.init_ckpt)
+    """Whether the files that the flags name are there; released weights that are not can be fetched."""
     check_dataset(config.data)
+    for path in filter(None, (config.model.vae_ckpt, config.model.init_ckpt)):
+        offer(path)
+        find_weights(path)
 
 
 def class_names(folders: list[str], num_classes: int) -> list[str]:

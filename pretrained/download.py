@@ -43,6 +43,15 @@ def download(name: str, directory: Path = HERE) -> Path:
         ) from None
 
 
+def offer(path: str | Path) -> None:
+    """Ask a person at a terminal whether to fetch a released file that is missing; ask nobody else."""
+    path = Path(path)
+    if path.name in FILES and path.parent.resolve() == HERE and not path.exists() and sys.stdin.isatty():
+        answer = input(f"{path} is missing. Download it from https://huggingface.co/{FILES[path.name]}? [y/N] ")
+        if answer.strip().lower() in ("y", "yes"):
+            download(path.name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False

@@ -4,8 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models import FlexVAR, FlexVARConfig
-from tests.conftest import fill
+from models import FlexVAR, FlexVARConfig, SARPipeline, build_vae_var
+from models.pipeline import open_pipeline
+from tests.conftest import ALONE, config_of, fill
+from train import build
 from utils.checkpoint import (
     RunState,
     find_weights,
@@ -110,6 +112,30 @@ def test_files_that_are_something_else_are_named_and_run_nothing(load, model, va
         load(tmp_path / "kind.pth")
     with pytest.raises(ValueError, match="no weight file"):
         load(tmp_path / "absent.pth")
+
+
+def test_no_entry_point_executes_a_pickle(flags, small_vae_file, tmp_path):
+    mark = tmp_path / "executed"
+    torch.save({"model": Bomb(mark)}, bomb := tmp_path / "bomb.pth")
+    torch.save({"step": 1, "optimizer": Bomb(mark), "scaler": {}}, state := tmp_path / "state.pt")
+    run_dir = tmp_path / "run/checkpoints/step_0000001"
+    run_dir.mkdir(parents=True)
+    entries = [
+        lambda: build_vae_var(vae_ckpt=bomb),
+        lambda: SARPipeline.from_files(bomb, bomb),
+        lambda: open_pipeline(str(bomb), str(small_vae_file)),
+        lambda: build(config_of(flags, f"--vae_ckpt={bomb}"), ALONE),
+        lambda: build(config_of(flags, f"--init_ckpt={bomb}"), ALONE),
+    ]
+    for entry in entries:
+        with pytest.raises(ValueError, match=r"bomb\.pth"):
+            entry()
+    trainer = build(config_of(flags), ALONE)
+    save_weights(trainer.model, run_dir / "model.safetensors")
+    state.rename(run_dir / "state.pt")
+    with pytest.raises(ValueError, match=r"state\.pt"):
+        trainer.resume()
+    assert not mark.exists()
 
 
 def test_checkpoints_of_a_run(model, tmp_path):

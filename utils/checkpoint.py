@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from models.flexvar import FlexVAR, FlexVARConfig
 from models.vqvae import VQVAE, VQVAEConfig
+from pretrained.download import FILES
 
 StateDict = dict[str, Tensor]
 
@@ -41,21 +42,26 @@ def find_weights(path: str | Path, name: str = MODEL) -> Path:
             raise ValueError(f"{path} holds no {name}")
         return found
     if not path.is_file():
-        raise ValueError(f"no weight file {path}; released ones are named in pretrained/README.md")
+        fetch = f": python pretrained/download.py {path.name} fetches it" if path.name in FILES else ""
+        raise ValueError(f"no weight file {path}{fetch}")
     return path
 
 
 def read_state_dict(path: str | Path) -> StateDict:
     """The tensors of a weight file, `.safetensors` or `.pth`, out of whichever container holds them."""
     path = find_weights(path)
+    return read_plain(path) if path.suffix == ".safetensors" else unwrap(read_plain(path), path)
+
+
+def read_plain(path: Path) -> dict:
+    """What a `.safetensors`, `.pth` or `.pt` file holds, without executing anything in it."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is damaged or is not a file of plain tensors: {reason}") from None
-    return unwrap(found, path)
 
 
 def unwrap(found: object, path: Path) -> StateDict:
@@ -69,8 +75,11 @@ def unwrap(found: object, path: Path) -> StateDict:
     return found
 
 
-def load_strictly(module: nn.Module, weights: StateDict, source: str | Path) -> None:
-    """Load every tensor by name and shape, or say all that differs and load nothing."""
+def load_strictly(module: nn.Module, weights: StateDict, source: str | Path, assign: bool = False) -> None:
+    """Load every tensor by name and shape, or say all that differs and load nothing.
+
+    With `assign` the file's tensors become the module's, as fp32; else they are copied into the module's.
+    """
     weights = {name: tensor for name, tensor in weights.items() if name not in KNOWN}
     own = module.state_dict()
     shapes = [
@@ -86,7 +95,9 @@ def load_strictly(module: nn.Module, weights: StateDict, source: str | Path) -> 
     if any(kinds.values()):
         lines = [f"\n  {kind}: {some(names)}" for kind, names in kinds.items() if names]
         raise ValueError(f"{source} does not fit this model:" + "".join(lines))
-    module.load_state_dict(weights)
+    if assign:
+        weights = {name: t.float() if t.is_floating_point() else t for name, t in weights.items()}
+    module.load_state_dict(weights, assign=assign)
 
 
 def some(names: list[str], limit: int = 5) -> str:
@@ -140,16 +151,18 @@ def count(weights: StateDict, pattern: str) -> int:
 def load_tokenizer(path: str | Path) -> VQVAE:
     """A tokenizer from a file or a tokenizer run's directory: frozen, in evaluation mode, sizes as in the file."""
     weights = read_state_dict(path)
-    vae = VQVAE(tokenizer_config(weights, path))
-    load_strictly(vae, weights, path)
+    with torch.device("meta"):  # the weights come from the file: draw none
+        vae = VQVAE(tokenizer_config(weights, path))
+    load_strictly(vae, weights, path, assign=True)
     return vae.eval().requires_grad_(False)
 
 
-def load_flexvar(path: str | Path, **overrides: float) -> FlexVAR:
+def load_flexvar(path: str | Path) -> FlexVAR:
     """A transformer from a file or a run's directory, sizes as in the file."""
     weights = read_state_dict(path)
-    model = FlexVAR(FlexVARConfig(**{**vars(flexvar_config(weights, path)), **overrides}))
-    load_strictly(model, weights, path)
+    with torch.device("meta"):
+        model = FlexVAR(flexvar_config(weights, path))
+    load_strictly(model, weights, path, assign=True)
     return model
 
 
@@ -195,10 +208,10 @@ def latest_checkpoint(directory: Path) -> Path | None:
 
 def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module | None) -> RunState:
     """Put a checkpoint's weights into the model (and its moving average), and return the rest."""
-    load_strictly(model, load_file(path / MODEL), path)
+    load_strictly(model, read_plain(path / MODEL), path)
     if ema is not None:
-        load_strictly(ema, load_file(path / EMA), path)
-    return RunState(**torch.load(path / STATE, map_location="cpu", weights_only=True))
+        load_strictly(ema, read_plain(path / EMA), path)
+    return RunState(**read_plain(path / STATE))
 
 
 def write_json(path: Path, content: object) -> None:

@@ -1,0 +1,99 @@
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from models.pipeline import SARPipeline
+from tests.conftest import run
+from utils.config import SampleConfig, parse
+from utils.visualize import captioned_grid
+
+
+@pytest.fixture
+def saved(vae, model, schedule, tmp_path):
+    path = tmp_path / "pipeline"
+    SARPipeline.of(vae, model, schedule, [f"animal {letter}" for letter in "abcdefghij"]).save_pretrained(path)
+    return path
+
+
+def sample(saved, *flags, check=True):
+    return run(sys.executable, "sample.py", "--ckpt", saved, "--cfg=1.5", *flags, check=check)
+
+
+def test_grid_files_strip_and_gif(saved, tmp_path):
+    out, files = tmp_path / "grid.png", tmp_path / "files"
+    common = ["--classes", "animal c,7", "--n=3", "--out", out]
+    sample(saved, *common, "--files", files, "--steps", tmp_path / "strip.png", "--batch=4")
+    names = sorted(p.name for p in files.iterdir())
+    assert names == [f"{i:05d}.png" for i in range(6)]
+    grid = Image.open(out)
+    assert grid.width >= 3 * 128
+    strip = Image.open(tmp_path / "strip.png")
+    assert strip.width >= 4 * 128
+    assert strip.height >= 6 * 128
+    first = {p.name: np.asarray(Image.open(p)) for p in files.iterdir()}
+    sample(saved, *common, "--files", files, "--steps", tmp_path / "steps.gif")  # another batch, the same images
+    for name in names:
+        assert np.array_equal(first[name], np.asarray(Image.open(files / name)))
+    assert Image.open(tmp_path / "steps.gif").n_frames == 4
+
+
+def test_painting_leaves_the_known_region(saved, tmp_path):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    mask = Image.new("L", (64, 64), 0)
+    ImageDraw.Draw(mask).rectangle([0, 32, 63, 63], fill=255)
+    picture.save(tmp_path / "in.png")
+    mask.save(tmp_path / "mask.png")
+    files = tmp_path / "files"
+    edit = ["--image", tmp_path / "in.png", "--mask", tmp_path / "mask.png", "--classes=3", "--n=2"]
+    sample(saved, *edit, "--files", files, "--out", tmp_path / "g.png")
+    painted = np.asarray(Image.open(files / "00001.png"))
+    assert np.array_equal(painted[:32], np.asarray(picture)[:32])
+    assert not np.array_equal(painted[32:], np.asarray(picture)[32:])
+    sample(saved, "--image", tmp_path / "in.png", "--outpaint=0.5", "--classes=3", "--n=1", "--out", tmp_path / "o.png")
+    assert (tmp_path / "o.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--classes=animal z"], "did you mean"),
+        (["--classes=10"], "10 is out of range"),
+        (["--classes="], "at least one class"),
+        (["--image=nowhere.png", "--mask=x.png", "--classes=3"], "cannot read the picture nowhere.png"),
+    ],
+)
+def test_wrong_requests_are_one_line(saved, flags, message, tmp_path):
+    done = sample(saved, *flags, "--out", tmp_path / "x.png", check=False)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--image=a.png"], "--image needs either --mask or --outpaint"),
+        (["--mask=a.png"], "--mask has no effect without --image"),
+        (["--steps=a.txt"], "must end in .gif or .png"),
+        (["--n=0"], "--n must be at least 1"),
+        (["--guidance=cosine"], "--guidance"),
+    ],
+)
+def test_contradictory_flags_are_named(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(SampleConfig, flags)
+    assert message in capsys.readouterr().err
+
+
+def test_long_captions_are_cut_and_drawn():
+    tile = Image.new("RGB", (32, 32), "black")
+    sheet = captioned_grid([tile, tile], ["x", "a very long class name that cannot fit under a picture"], columns=2)
+    pixels = np.asarray(sheet.convert("L"))
+    caption = pixels[-16:]
+    assert (caption < 100).sum() > 50  # there is ink under the pictures
+    assert (caption[:, :2] > 200).all()
