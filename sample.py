@@ -63,7 +63,7 @@ def main() -> None:
     config = parse(SampleConfig, description=__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        pipeline = open_pipeline(config.ckpt, config.vae_ckpt, config.pn).to(device)
+        pipeline = open_pipeline(config.ckpt, config.vae_ckpt, config.pn, config.use_ema).to(device)
         with Precision(config.precision, device).autocast():
             images, captions, steps = draw(config, pipeline)
     except ValueError as error:

@@ -206,24 +206,29 @@ def from_pil(image: Image.Image, side: int) -> Tensor:
     return to_tensor(image).unsqueeze(0) * 2 - 1
 
 
-def open_pipeline(ckpt: str, vae_ckpt: str = "", pn: str = "") -> SARPipeline:
+def open_pipeline(ckpt: str, vae_ckpt: str = "", pn: str = "", use_ema: bool = False) -> SARPipeline:
     """A pipeline from a weight file, a training run's directory, a pipeline's directory, or a Hub repository.
 
     A run's directory brings its tokenizer and scales along, unless others are named.
     """
+    from utils.checkpoint import EMA, find_weights  # here, since that module builds these models too
+
     path = Path(ckpt)
     described = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
     named = ScaleSchedule.parse(pn) if pn else None
     if "transformer" in described or (not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", ckpt) and not path.suffix):
         if vae_ckpt:
             raise ValueError(f"{ckpt} brings its own tokenizer: leave --vae_ckpt out")
+        if use_ema:
+            raise ValueError(f"{ckpt} holds no moving average: leave --use_ema out")
         pipeline = SARPipeline.from_pretrained(ckpt)
         pipeline.schedule = named or pipeline.schedule
         return pipeline
     run = described.get("model", {})
     schedule = named or (ScaleSchedule.parse(run["pn"]) if "pn" in run else DEFAULT_SCHEDULE)
     vae = vae_ckpt or run.get("vae_ckpt") or "pretrained/FlexVAE.pth"
-    return SARPipeline.from_files(vae, ckpt, schedule, described.get("class_names"))
+    weights = find_weights(ckpt, EMA) if use_ema else ckpt
+    return SARPipeline.from_files(vae, weights, schedule, described.get("class_names"))
 
 
 def default_names(num_classes: int) -> list[str]:

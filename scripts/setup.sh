@@ -4,9 +4,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 if [ -n "${PYTHON:-}" ]; then exit 0; fi # the caller brings an environment of their own
-base=$(command -v python3 || command -v python) || { echo "error: Python 3.10 or newer is missing" >&2; exit 1; }
-"$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    { echo "error: Python 3.10 or newer is needed, $base is $("$base" -V)" >&2; exit 1; }
+base=$(command -v python3 || command -v python) || { echo "error: Python 3.11 or newer is missing" >&2; exit 1; }
+"$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "error: Python 3.11 or newer is needed, $base is $("$base" -V)" >&2; exit 1; }
 
 want=$(cat requirements.txt tests/requirements.txt | cksum)
 if [ -x .venv/bin/python ] && [ "$(cat .venv/current 2>/dev/null)" = "$want" ]; then exit 0; fi

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +23,11 @@ from utils.distributed import Ranks
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests/data"
 ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def manifest() -> dict:
+    """Keys and shapes of the released files."""
+    return json.loads(gzip.decompress((DATA / "checkpoint_manifest.json.gz").read_bytes()))
 
 
 def recipe_value(key: str, shape: torch.Size, noise: Tensor) -> Tensor:
@@ -54,8 +61,11 @@ def fill(module: nn.Module, seed: int) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def expected() -> dict[str, Tensor]:
-    """What the released implementation computes with the reference models."""
-    return load_file(DATA / "tiny_expected.safetensors")
+    """What the released implementation computes with the reference models, and the images it was given."""
+    values = load_file(DATA / "tiny_expected.safetensors")
+    values = {name: v if v.is_floating_point() else v.long() for name, v in values.items()}  # stored as int16
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(13)) * 2 - 1
+    return {"images": images, **values}
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,3 @@
-import json
 import math
 
 import pytest
@@ -8,7 +7,7 @@ import torch.nn.functional as F
 from models.flexvar import FlexVAR, FlexVARConfig, check_labels, sinusoids
 from models.sampling import evaluating
 from models.scales import ScaleSchedule, shift_all
-from tests.conftest import DATA, worst
+from tests.conftest import manifest, worst
 
 
 def test_teacher_forced_logits_equal_the_released_ones(vae, model, schedule, expected):
@@ -27,7 +26,7 @@ def test_teacher_forced_logits_equal_the_released_ones(vae, model, schedule, exp
 def test_full_size_keys_and_shapes_are_those_of_the_released_files(depth, millions):
     with torch.device("meta"):
         model = FlexVAR(FlexVARConfig(depth=depth))
-    wanted = json.loads((DATA / "checkpoint_manifest.json").read_text())[f"FlexVAR-d{depth}"]["tensors"]
+    wanted = manifest()[f"FlexVAR-d{depth}"]["tensors"]
     del wanted["attn_bias_for_masking"]  # depends on the schedule a file was saved with
     assert {name: list(t.shape) for name, t in model.state_dict().items()} == wanted
     buffers = sum(t.numel() for t in model.buffers())

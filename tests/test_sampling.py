@@ -22,7 +22,9 @@ def test_greedy_tokens_and_images_equal_the_released_ones(case, vae, model, expe
     tokens = torch.cat([codes[s] for s in sides], dim=1)
     assert torch.equal(tokens, expected[f"sample.greedy.{case}.tokens"])
     images = generate(model, vae, expected["labels"], schedule, guidance, 1, 0.0, [0, 1])
-    assert worst(images, expected[f"sample.greedy.{case}.images"]) < 2e-5
+    assert torch.equal(images, vae.decode(codes[sides[-1]], sides[-1]))
+    if f"sample.greedy.{case}.images" in expected:
+        assert worst(images, expected[f"sample.greedy.{case}.images"]) < 2e-5
 
 
 def kept_by_definition(logits, top_k, top_p):

@@ -1,10 +1,8 @@
-import json
-
 import pytest
 import torch
 
 from models.vqvae import VQVAE, Quantizer, VQVAEConfig
-from tests.conftest import DATA, worst
+from tests.conftest import manifest, worst
 
 
 def test_latent_codes_and_reconstruction_equal_the_released_ones(vae, expected):
@@ -18,7 +16,7 @@ def test_latent_codes_and_reconstruction_equal_the_released_ones(vae, expected):
 def test_full_size_keys_and_shapes_are_those_of_the_released_file():
     with torch.device("meta"):
         own = {name: list(t.shape) for name, t in VQVAE().state_dict().items()}
-    assert own == json.loads((DATA / "checkpoint_manifest.json").read_text())["FlexVAE.pth"]["tensors"]
+    assert own == manifest()["FlexVAE.pth"]["tensors"]
     assert VQVAEConfig().factor == 16
 
 

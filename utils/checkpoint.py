@@ -6,6 +6,7 @@ are read with `weights_only=True`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -59,9 +60,9 @@ def read_plain(path: Path) -> dict:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is damaged or is not a file of plain tensors: {reason}") from None
+        raise ValueError(f"{path} is missing, damaged or not a file of plain tensors: {reason}") from None
 
 
 def unwrap(found: object, path: Path) -> StateDict:
@@ -212,6 +213,12 @@ def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module | None) -> RunS
     if ema is not None:
         load_strictly(ema, read_plain(path / EMA), path)
     return RunState(**read_plain(path / STATE))
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, content: object) -> None:

@@ -1,0 +1,243 @@
+"""Samples → FID, sFID, IS, precision and recall of the guided-diffusion protocol, over any number of ranks.
+
+bash scripts/eval_SAR_d16.sh
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.pipeline import SARPipeline, open_pipeline, to_bytes
+from models.sampling import Guidance, sample_codes
+from utils.checkpoint import EMA, MODEL, digest, find_weights, load_tokenizer, write_json
+from utils.config import EvalConfig, parse
+from utils.distributed import Ranks, ranks
+from utils.evaluations.c2i import psnr, ssim
+from utils.evaluations.c2i.features import Extractor, make_extractor
+from utils.evaluations.c2i.images import ImageSource, Resized, open_images, write_npz
+from utils.evaluations.c2i.reference import IMAGENET, Reference, load_reference, save_reference
+from utils.evaluations.c2i.report import score, versions, write_report, write_sweep
+from utils.evaluations.c2i.store import FeatureStore
+from utils.optim import Precision, derive_seed
+
+
+def label_order(total: int, classes: int, seed: int) -> Tensor:
+    """The class of every image: each class equally often, in one seeded permutation (total,).
+
+    Sorted classes would break the Inception Score, whose splits are runs of consecutive samples.
+    """
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    return (torch.arange(total) % classes)[order]
+
+
+class Generated:
+    """Images of a model; image i's class and seed are functions of i alone."""
+
+    def __init__(self, pipeline: SARPipeline, config: EvalConfig, cfg: float, top_k: int, top_p: float):
+        classes = config.num_classes_eval or pipeline.model.config.num_classes
+        if classes > pipeline.model.config.num_classes:
+            raise ValueError(f"the model knows {pipeline.model.config.num_classes} classes, not {classes}")
+        self.labels = label_order(classes * config.num_samples, classes, config.seed)
+        self.pipeline, self.seed = pipeline, config.seed
+        self.guidance, self.top_k, self.top_p = Guidance(config.guidance, cfg), top_k, top_p
+        sides = pipeline.schedule.sides
+        if config.eval_scale and config.eval_scale not in sides:
+            raise ValueError(f"--eval_scale {config.eval_scale} is none of the scales {sides}")
+        self.side = config.eval_scale or sides[-1]
+        self.precision = Precision(config.precision, pipeline.device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @torch.no_grad()
+    def batch(self, indices: range) -> Tensor:
+        seeds = [derive_seed("eval", self.seed, i) for i in indices]
+        vae, model, schedule = self.pipeline.vae, self.pipeline.model, self.pipeline.schedule
+        labels = self.labels[indices.start : indices.stop]
+        with self.precision.autocast():
+            codes = sample_codes(model, vae.codebook, labels, schedule, self.guidance, self.top_k, self.top_p, seeds)
+            return to_bytes(vae.decode(codes[self.side], self.side))
+
+
+class Reconstructed:
+    """A tokenizer's reconstructions of a source."""
+
+    def __init__(self, source: ImageSource, config: EvalConfig, device: torch.device):
+        self.source, self.device = source, device
+        self.vae = load_tokenizer(config.vae_ckpt or "pretrained/FlexVAE.pth").to(device)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @torch.no_grad()
+    def batch(self, indices: range) -> Tensor:
+        images = self.source.batch(indices).to(self.device).float() / 127.5 - 1
+        latent = self.vae.encode(images)
+        side = latent.shape[-1]
+        return to_bytes(self.vae.decode(self.vae.codes(latent, side), side))
+
+
+def save_images(config: EvalConfig, directory: Path) -> Callable[[range, Tensor], None] | None:
+    """What --save_png and --save_npz do with a chunk of images."""
+    if not (config.save_png or config.save_npz):
+        return None
+    (directory / "png").mkdir(parents=True, exist_ok=True)
+    (directory / "arrays").mkdir(parents=True, exist_ok=True)
+
+    def keep(indices: range, images: Tensor) -> None:
+        arrays = images.permute(0, 2, 3, 1).numpy()  # (n, H, W, 3)
+        if config.save_png:
+            for i, array in zip(indices, arrays, strict=True):
+                Image.fromarray(array).save(directory / f"png/{i:06d}.png")
+        if config.save_npz:
+            np.save(directory / f"arrays/{indices.start:06d}.npy", arrays)
+
+    return keep
+
+
+def evaluate_samples(
+    config: EvalConfig,
+    setting: tuple[float, int, float],
+    pipeline: SARPipeline,
+    extractor: Extractor,
+    reference: Reference | None,
+    me: Ranks,
+    directory: Path,
+) -> dict:
+    """Sample at one setting and judge it. Returns the report (on the first rank)."""
+    cfg, top_k, top_p = setting
+    source = Generated(pipeline, config, cfg, top_k, top_p)
+    weights = find_weights(config.ckpt, EMA if config.use_ema else MODEL) if Path(config.ckpt).exists() else None
+    described = {
+        "checkpoint": config.ckpt,
+        "checkpoint_sha256": digest(weights) if weights else None,
+        "classes": int(source.labels.max()) + 1,
+        "images_per_class": config.num_samples,
+        "guidance": config.guidance,
+        "cfg": cfg,
+        "top_k": top_k,
+        "top_p": top_p,
+        "scales": list(pipeline.schedule.sides),
+        "evaluated_side": source.side,
+        "seed": config.seed,
+        "precision": source.precision.name,
+        "saved": [name for name in ("npz", "png") if getattr(config, f"save_{name}")],
+    }
+    store = FeatureStore(
+        directory / "features", len(source), chunk_size(config, me), {**described, "features": extractor.name}, me
+    )
+    began = time.perf_counter()
+    made = store.fill(source, extractor, "sampling", save_images(config, directory))
+    seconds = time.perf_counter() - began
+    if not me.first:
+        return {}
+    if config.save_npz:
+        write_npz(sorted((directory / "arrays").glob("*.npy")), directory / "samples.npz")
+    speed = {"images_per_second": made / seconds} if made else {}  # with features and decoding; new images only
+    return {**score(store, extractor, reference, config), **speed, "settings": described}
+
+
+def evaluate_reconstructions(config: EvalConfig, extractor: Extractor, me: Ranks, directory: Path) -> dict[str, object]:
+    """rFID, PSNR and SSIM of a tokenizer."""
+    source = open_images(config.reconstruct, config.image_size)
+    chunk = chunk_size(config, me)
+    weights = find_weights(config.vae_ckpt or "pretrained/FlexVAE.pth")
+    described = {"images": config.reconstruct, "image_size": config.image_size, "features": extractor.name}
+    real = FeatureStore(directory / "real", len(source), chunk, described, me)
+    real.fill(source, extractor, "real images")
+    described |= {"tokenizer_sha256": digest(weights)}
+    made = FeatureStore(directory / "reconstructed", len(source), chunk, described, me)
+
+    def compare(indices: range, images: Tensor) -> None:
+        original = source.batch(indices)
+        quality = torch.stack([psnr(original, images), ssim(original, images)])
+        np.save(made.directory / f"quality_{indices.start:06d}.npy", quality.numpy())
+
+    made.fill(Reconstructed(source, config, me.device), extractor, "reconstructions", compare)
+    if not me.first:
+        return {}
+    quality = np.concatenate([np.load(p) for p in sorted(made.directory.glob("quality_*.npy"))], axis=1)
+    distances = score(made, extractor, Reference.of_store(real), config)
+    renamed = {f"r{name}" if name in ("fid", "sfid") else name: value for name, value in distances.items()}
+    means = {"psnr": float(quality[0].mean()), "ssim": float(quality[1].mean())}
+    return {**renamed, **means, "settings": described}
+
+
+def evaluate_files(
+    config: EvalConfig, extractor: Extractor, reference: Reference | None, me: Ranks, directory: Path
+) -> dict[str, object]:
+    """Samples that are there: an npz or a folder."""
+    source = open_images(config.samples, config.image_size)
+    if len(source) < config.expect:
+        raise ValueError(f"{config.samples} holds {len(source)} images, fewer than --expect {config.expect}")
+    described = {"images": config.samples, "image_size": config.image_size, "features": extractor.name}
+    store = FeatureStore(directory / "features", len(source), chunk_size(config, me), described, me)
+    store.fill(source, extractor, "samples")
+    if not me.first:
+        return {}
+    if config.make_reference:
+        save_reference(Reference.of_store(store), extractor.name, Path(config.make_reference))
+        return {"samples": len(source), "settings": described}
+    return {**score(store, extractor, reference, config), "settings": described}
+
+
+def chunk_size(config: EvalConfig, me: Ranks) -> int:
+    return config.batch or (64 if me.device.type == "cuda" else 8)
+
+
+def run(config: EvalConfig, me: Ranks) -> None:
+    directory = Path(config.out_dir)
+    extractor = make_extractor(config.features, config.inception_weights, me.device)
+    reference_name = config.reference or (str(IMAGENET) if config.features == "inception" else "none")
+    common = {"features": extractor.name, "reference": reference_name, "versions": versions(me)}
+    if config.reconstruct:
+        report = {**evaluate_reconstructions(config, extractor, me, directory), **common}
+        return write_report(report, directory) if me.first else None
+    pipeline, view = None, None
+    if not config.samples:
+        pipeline = open_pipeline(config.ckpt, config.vae_ckpt, config.pn, config.use_ema).to(me.device)
+        Generated(pipeline, config, *config.settings()[0])  # wrong requests fail here, before any work
+        if config.eval_scale:
+            side = config.eval_scale * pipeline.vae.config.factor
+            view = partial(Resized, side=side)
+    reference = None
+    if not config.make_reference:
+        reference = load_reference(config, extractor, chunk_size(config, me), me, directory / "reference", view)
+    if config.samples:
+        report = {**evaluate_files(config, extractor, reference, me, directory), **common}
+        return write_report(report, directory) if me.first else None
+    rows = []
+    for setting in config.settings():
+        several = len(config.settings()) > 1
+        place = directory / "cfg{:g}_k{}_p{:g}".format(*setting) if several else directory
+        report = evaluate_samples(config, setting, pipeline, extractor, reference, me, place)
+        if me.first:
+            rows.append({**report, **common})
+            write_report(rows[-1], place)
+    if me.first and len(rows) > 1:
+        write_sweep(rows, directory)
+    return None
+
+
+def main() -> None:
+    config = parse(EvalConfig, description=__doc__)
+    with ranks() as me, me.user_errors():
+        # Convolutions differ in the last digits with the number of threads: the same one, then, however many ranks.
+        torch.set_num_threads(os.cpu_count() or 1)
+        if me.first:
+            write_json(Path(config.out_dir) / "config.json", asdict(config))
+        run(config, me)
+
+
+if __name__ == "__main__":
+    main()

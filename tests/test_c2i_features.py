@@ -1,0 +1,107 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from utils.evaluations.c2i import features as module
+from utils.evaluations.c2i.features import EfficientNetLite0, Inception, make_extractor
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """torch-fidelity's network with random weights, and the file of them."""
+    torch.manual_seed(0)
+
+    class Blank(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *args, **kwargs):
+            pass
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save({}, path)
+    net = Blank("x", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path))
+    for norm in net.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.normal_(0, 0.1)
+            norm.running_var.uniform_(0.5, 1.5)
+    torch.save(net.state_dict(), path)
+    return net, path
+
+
+def test_pool_and_probabilities_are_torch_fidelitys_and_the_tap_is_where_it_should_be(plain):
+    net, path = plain
+    images = torch.randint(256, (3, 3, 40, 48), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    ours = Inception(path)
+    found = ours(images)
+    seen = {}
+    net.Mixed_6d.branch1x1.conv.register_forward_hook(lambda _, x, y: seen.update(raw=y))
+    pool, logits = net(images)
+    assert torch.equal(found.pool, pool)
+    assert torch.allclose(ours.probabilities(pool), logits.softmax(1), atol=1e-6)
+    norm = net.Mixed_6d.branch1x1.bn
+    mapped = F.relu(F.batch_norm(seen["raw"], norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=0.001))
+    assert found.spatial.shape == (3, 2023)
+    for c, y, x in [(0, 0, 0), (6, 3, 11), (4, 16, 16)]:  # H, W, C order
+        assert torch.allclose(found.spatial[:, (y * 17 + x) * 7 + c], mapped[:, c, y, x], atol=1e-6)
+    assert (found.spatial >= 0).all()
+    assert found.spatial.max() > 0
+
+
+def test_features_do_not_depend_on_the_batch(plain):
+    ours = Inception(plain[1])
+    images = torch.randint(256, (4, 3, 32, 32)).to(torch.uint8)
+    together, alone = ours(images), ours(images[2:3])
+    assert torch.allclose(together.pool[2], alone.pool[0], rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_weights_are_named_and_nothing_is_executed(plain, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    torch.save({"x": Bomb()}, tmp_path / "bomb.pth")
+    (tmp_path / "cut.pth").write_bytes(plain[1].read_bytes()[:1000])
+    torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    for name, message in [
+        ("bomb.pth", "bomb.pth is missing, damaged or not"),
+        ("cut.pth", "cut.pth"),
+        ("other.pth", "does not fit"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Inception(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_offline_says_what_to_do(monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no route")
+
+    monkeypatch.setattr(module.torch.hub, "load_state_dict_from_url", fail)
+    with pytest.raises(ValueError, match=r"--inception_weights PATH, or use --features efficientnet_lite0"):
+        make_extractor("inception", "", torch.device("cpu"))
+
+
+def test_the_download_is_checked_by_its_digest(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        module.torch.hub, "load_state_dict_from_url", lambda url, **options: asked.update(options, url=url)
+    )
+    module.fetch("https://example.org/weights-inception-2015-12-05-6726825d.pth")
+    assert asked["check_hash"] is True
+    assert asked["weights_only"] is True
+
+
+def test_efficientnet_knows_what_it_sees():
+    """Real ImageNet weights: a flat sky-blue picture and a chessboard are told apart, with a class each."""
+    extractor = EfficientNetLite0()
+    sky = torch.zeros(3, 64, 64)
+    sky[2] = 235
+    sky[1] = 150
+    sky[0] = 90
+    board = ((torch.arange(64)[:, None] // 8 + torch.arange(64)[None] // 8) % 2 * 255).float().expand(3, -1, -1)
+    found = extractor(torch.stack([sky, board]).to(torch.uint8))
+    assert found.pool.shape == (2, 1280)
+    assert found.spatial.shape == (2, 14 * 14 * 7)
+    p = extractor.probabilities(found.pool)
+    assert torch.allclose(p.sum(1), torch.ones(2), atol=1e-5)
+    assert p.argmax(1)[0] != p.argmax(1)[1]
+    assert extractor.name == "efficientnet_lite0"

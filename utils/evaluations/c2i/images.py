@@ -1,0 +1,156 @@
+"""Where images come from: sample files, folders, the generator. Each is a sequence of uint8 batches by index."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from utils.data import adm_crop
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+
+
+class ImageSource(Protocol):
+    """Images by index."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: range) -> Tensor:
+        """(n, 3, H, W) uint8."""
+
+
+class NpzImages:
+    """`arr_0` (N, H, W, 3) uint8 of an npz file, as the guided-diffusion evaluator reads and writes them."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.array = npz_array(path, "arr_0")
+        if self.array is None:
+            raise ValueError(f"{path} has no arr_0")
+        if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
+            found = f"{self.array.dtype} {self.array.shape}"
+            raise ValueError(f"arr_0 of {path} must be uint8 (N, H, W, 3), not {found}")
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def batch(self, indices: range) -> Tensor:
+        part = np.array(self.array[indices.start : indices.stop])  # a copy: the file is mapped read-only
+        return torch.from_numpy(part).permute(0, 3, 1, 2)
+
+
+def npz_array(path: Path, name: str) -> np.ndarray | None:
+    """One array of an npz file, mapped from disk when it is stored uncompressed; None when there is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if f"{name}.npy" not in archive.namelist():
+                return None
+            info = archive.getinfo(f"{name}.npy")
+            if info.compress_type != zipfile.ZIP_STORED:
+                with archive.open(info) as member:
+                    return np.lib.format.read_array(member, allow_pickle=False)
+        with path.open("rb") as file:
+            file.seek(info.header_offset + 26)
+            name_length, extra_length = np.frombuffer(file.read(4), "<u2")
+            start = info.header_offset + 30 + int(name_length) + int(extra_length)
+            file.seek(start)
+            version = np.lib.format.read_magic(file)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, fortran, dtype = read_header[version](file)
+            if dtype.hasobject:
+                raise ValueError("it holds pickled objects")
+            order = "F" if fortran else "C"
+            if not shape:
+                return np.fromfile(file, dtype, count=1).reshape(())
+            return np.memmap(path, dtype, mode="r", offset=file.tell(), shape=shape, order=order)
+    except (OSError, zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+        raise ValueError(f"cannot read {path} as an npz file: {error}") from None
+
+
+class FolderImages:
+    """All images below a folder, in the order of their paths; centre-cropped when a size is given."""
+
+    def __init__(self, folder: Path, size: int = 0):
+        self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        self.folder, self.size = folder, size
+        if not self.files:
+            raise ValueError(f"{folder} holds no images")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, path: Path) -> Tensor:
+        try:
+            with Image.open(path) as image:
+                image = image.convert("RGB")
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise ValueError(f"cannot read the image {path}: {error}") from None
+        image = adm_crop(image, self.size, None) if self.size else image
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def batch(self, indices: range) -> Tensor:
+        images = [self.read(self.files[i]) for i in indices]
+        if len({image.shape for image in images}) > 1:
+            raise ValueError(f"the images in {self.folder} differ in size: give --image_size to crop them")
+        return torch.stack(images)
+
+
+class Resized:
+    """Another source at another resolution, by area: real images as an intermediate scale shows them."""
+
+    def __init__(self, source: ImageSource, side: int):
+        self.source, self.side = source, side
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batch(self, indices: range) -> Tensor:
+        images = F.interpolate(self.source.batch(indices).float(), (self.side, self.side), mode="area")
+        return images.round().to(torch.uint8)
+
+
+class Subset:
+    """At most n images of a source, evenly spaced."""
+
+    def __init__(self, source: ImageSource, n: int):
+        self.source, self.n = source, min(n, len(source))
+
+    def __len__(self) -> int:
+        return self.n
+
+    def batch(self, indices: range) -> Tensor:
+        picked = [i * len(self.source) // self.n for i in indices]
+        return torch.cat([self.source.batch(range(i, i + 1)) for i in picked])
+
+
+def open_images(path: str | Path, size: int = 0) -> ImageSource:
+    """An npz file or a folder of images."""
+    path = Path(path)
+    if path.is_dir():
+        return FolderImages(path, size)
+    if not path.is_file():
+        raise ValueError(f"no file or folder {path}")
+    return NpzImages(path)
+
+
+def write_npz(parts: Sequence[Path], path: Path) -> None:
+    """Join .npy files of images (n, H, W, 3) into the npz that the guided-diffusion evaluator takes."""
+    shapes = [np.load(part, mmap_mode="r").shape for part in parts]
+    header = {"descr": "|u1", "fortran_order": False, "shape": (sum(s[0] for s in shapes), *shapes[0][1:])}
+    partial = path.with_name(f".{path.name}.partial")
+    with (
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as member,
+    ):
+        np.lib.format.write_array_header_1_0(member, header)
+        for part in parts:
+            member.write(np.load(part).tobytes())
+    partial.replace(path)

@@ -1,0 +1,122 @@
+"""The real images that samples are compared with: statistics, and pooled features for precision and recall."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.checkpoint import digest
+from utils.config import EvalConfig
+from utils.distributed import Ranks
+from utils.evaluations.c2i.features import Extractor
+from utils.evaluations.c2i.images import ImageSource, Subset, npz_array, open_images
+from utils.evaluations.c2i.metrics import Statistics
+from utils.evaluations.c2i.store import FeatureStore
+
+IMAGENET = Path("pretrained/VIRTUAL_imagenet256_labeled.npz")
+IMAGENET_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/" + IMAGENET.name
+PR_IMAGES = 10_000  # reference images of precision and recall
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Of the real images."""
+
+    pool: Statistics
+    spatial: Statistics
+    features: Tensor  # (M, D) pooled, for precision and recall
+
+    @classmethod
+    def of_store(cls, store: FeatureStore) -> Reference:
+        """From features on disk; precision and recall use at most 10,000 images, evenly spaced."""
+        features = store.pool()
+        n = min(PR_IMAGES, len(features))
+        picked = torch.arange(n) * len(features) // n
+        return cls(Statistics.of(features), Statistics.of(store.read("spatial")), features[picked])
+
+
+def save_reference(reference: Reference, features: str, path: Path) -> None:
+    """An npz with mu, sigma, mu_s, sigma_s as in guided-diffusion's, and the pooled features instead of the images."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial.npz")
+    np.savez(
+        partial,
+        mu=reference.pool.mean.numpy(),
+        sigma=reference.pool.covariance.numpy(),
+        mu_s=reference.spatial.mean.numpy(),
+        sigma_s=reference.spatial.covariance.numpy(),
+        pool=reference.features.numpy(),
+        features=np.array(features),
+    )
+    partial.replace(path)
+
+
+def saved_statistics(path: Path) -> tuple[Statistics, Statistics] | None:
+    """mu, sigma and mu_s, sigma_s of an npz; None when it holds none."""
+    arrays = {name: npz_array(path, name) for name in ("mu", "sigma", "mu_s", "sigma_s")}
+    if any(array is None for array in arrays.values()):
+        return None
+    mu, sigma, mu_s, sigma_s = (torch.from_numpy(np.array(a, dtype=np.float64)) for a in arrays.values())
+    if sigma.shape != (len(mu), len(mu)) or sigma_s.shape != (len(mu_s), len(mu_s)):
+        raise ValueError(f"{path}: mu and sigma do not fit, {tuple(mu.shape)} and {tuple(sigma.shape)}")
+    return Statistics(mu, sigma), Statistics(mu_s, sigma_s)
+
+
+def load_reference(
+    config: EvalConfig,
+    extractor: Extractor,
+    chunk: int,
+    me: Ranks,
+    directory: Path,
+    view: Callable[[ImageSource], ImageSource] | None,
+) -> Reference | None:
+    """The reference that --reference names; None when there is none to speak of.
+
+    Statistics in the file are taken when they belong to these features and to full-size images; else they are computed
+    from its images.
+    """
+    path = Path(config.reference) if config.reference else None
+    if path is None:
+        if extractor.name != "inception":
+            return None
+        path = IMAGENET if IMAGENET.is_file() else fetch_imagenet(me)
+    if config.reference_sha256 and digest(path) != config.reference_sha256.lower():
+        raise ValueError(f"{path} has the SHA-256 {digest(path)}, not {config.reference_sha256}")
+    if path.is_file():
+        kind = npz_array(path, "features")
+        if kind is not None:  # --make_reference wrote it
+            if str(kind) != extractor.name or view is not None:
+                what = "at an intermediate scale" if view else f"of {extractor.name}"
+                raise ValueError(f"{path} holds statistics of {kind} at full size, not {what}: name the images")
+            pool, spatial = saved_statistics(path)
+            return Reference(pool, spatial, torch.from_numpy(np.array(npz_array(path, "pool"))))
+    source = open_images(path, config.image_size)
+    saved = saved_statistics(path) if path.is_file() and extractor.name == "inception" and view is None else None
+    if saved is not None:
+        source = Subset(source, PR_IMAGES)
+    source = view(source) if view is not None else source
+    side = source.batch(range(1)).shape[-1]
+    described = {"images": str(path), "count": len(source), "side": side, "features": extractor.name}
+    store = FeatureStore(directory, len(source), chunk, described, me)
+    store.fill(source, extractor, "reference")
+    computed = Reference.of_store(store)
+    return Reference(*saved, computed.features) if saved is not None else computed
+
+
+def fetch_imagenet(me: Ranks) -> Path:
+    """Download guided-diffusion's ImageNet-256 reference batch (2 GB)."""
+    if me.first:
+        try:
+            torch.hub.download_url_to_file(IMAGENET_URL, str(IMAGENET))
+        except OSError as error:
+            raise ValueError(
+                f"no {IMAGENET}, and {IMAGENET_URL} cannot be reached ({error}): "
+                "fetch it elsewhere and put it there, or give --reference PATH"
+            ) from None
+    me.wait()
+    return IMAGENET

@@ -1,0 +1,99 @@
+"""Features on disk, a file a chunk of images: so an evaluation can stop anywhere, go on, and never depends on ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.checkpoint import write_json
+from utils.distributed import Ranks
+from utils.evaluations.c2i.features import Extractor
+from utils.evaluations.c2i.images import ImageSource
+
+Keep = Callable[[range, Tensor], None]  # what else is done with the images (n, 3, H, W) of a chunk
+
+
+class FeatureStore:
+    """The features of `total` images. Chunk c holds images c·chunk … (c + 1)·chunk - 1, whoever computed it."""
+
+    def __init__(self, directory: Path, total: int, chunk: int, settings: dict, ranks: Ranks):
+        self.directory, self.total, self.chunk, self.ranks = directory, total, chunk, ranks
+        described = {"total": total, "chunk": chunk, **settings}
+        record = directory / "settings.json"
+        found = json.loads(record.read_text()) if record.is_file() else None
+        ranks.wait()  # all have looked before the first writes
+        if found is not None and found != json.loads(json.dumps(described)):
+            changed = [k for k in described if found.get(k) != json.loads(json.dumps(described[k]))]
+            raise ValueError(
+                f"{directory} holds features of other settings ({', '.join(changed)}): use another --out_dir"
+            )
+        if ranks.first and found is None:
+            write_json(record, described)
+
+    def path(self, chunk: int) -> Path:
+        return self.directory / f"{chunk:06d}.safetensors"
+
+    def indices(self, chunk: int) -> range:
+        """The images of a chunk."""
+        return range(chunk * self.chunk, min((chunk + 1) * self.chunk, self.total))
+
+    @property
+    def chunks(self) -> range:
+        return range(-(-self.total // self.chunk))
+
+    def missing(self) -> list[int]:
+        """Chunks that nobody has finished yet."""
+        return [c for c in self.chunks if not self.path(c).is_file()]
+
+    def fill(self, source: ImageSource, extractor: Extractor, name: str, keep: Keep | None = None) -> int:
+        """Compute what is missing, shared out among the ranks. Returns how many images that were, over all ranks."""
+        missing = self.missing()
+        self.ranks.wait()  # every rank has listed the same chunks
+        mine = missing[self.ranks.rank :: self.ranks.world]
+        device = self.ranks.device
+        bar = tqdm(total=sum(len(self.indices(c)) for c in mine), desc=name, unit="image", disable=not self.ranks.first)
+        with ThreadPoolExecutor(2) as pool:  # files are written while the device goes on
+            jobs: list[Future] = []
+            for c in mine:
+                images = source.batch(self.indices(c))
+                features = extractor(images.to(device))
+                jobs.append(pool.submit(self.write, c, features.pool, features.spatial, images, keep))
+                if len(jobs) > 4:
+                    jobs.pop(0).result()
+                bar.update(len(images))
+            for job in jobs:
+                job.result()
+        bar.close()
+        self.ranks.wait()
+        return sum(len(self.indices(c)) for c in missing)
+
+    def write(self, chunk: int, pool: Tensor, spatial: Tensor, images: Tensor, keep: Keep | None) -> None:
+        """One chunk; its images first, so that a chunk that is there is complete."""
+        if keep is not None:
+            keep(self.indices(chunk), images)
+        target = self.path(chunk)
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        save_file({"pool": pool.contiguous(), "spatial": spatial.contiguous()}, partial)
+        partial.replace(target)
+
+    def read(self, name: str) -> Iterator[Tensor]:
+        """The "pool" or "spatial" features, chunk by chunk, in the order of the images."""
+        for c in self.chunks:
+            try:
+                with safe_open(self.path(c), "pt") as file:
+                    yield file.get_tensor(name)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{self.path(c)} is damaged ({error}): delete it and start again") from None
+
+    def pool(self) -> Tensor:
+        """All pooled features (N, D)."""
+        return torch.cat(list(self.read("pool")))
