@@ -7,7 +7,7 @@ from PIL import Image
 from models.flexvar import FlexVAR, FlexVARConfig
 from tests.conftest import ROOT, run
 from utils.checkpoint import latest_checkpoint, load_flexvar, load_tokenizer, save_weights
-from utils.config import TrainConfig, parse
+from utils.config import EvalConfig, TrainConfig, parse
 
 TRAIN_SCRIPTS = sorted(p.name for p in (ROOT / "scripts").glob("train_*_d*.sh"))
 
@@ -48,6 +48,19 @@ def test_each_script_is_the_recipe_of_its_depth(script, spy):
             assert config.sar == defaults.sar
     else:
         assert config.sar.training_mode == "teacher_forcing"
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "scripts").glob("eval_*_d*.sh")))
+def test_each_evaluation_script_judges_the_model_it_names(script, spy):
+    run("bash", f"scripts/{script}", "--num_samples=2", PYTHON=str(spy), NPROC="1")
+    command = calls_of(spy)[-1]
+    assert command[0] == "evaluate.py"
+    config = parse(EvalConfig, command[1:])
+    model, depth = re.fullmatch(r"eval_(SAR|FlexVAR)_d(\d+)\.sh", script).groups()
+    epochs, cfg = {"16": (179, 2.2), "20": (249, 2.6), "24": (349, 3.3)}[depth]
+    assert config.ckpt == f"pretrained/{model}d{depth}-epo{epochs}.pth"
+    assert (config.cfg, config.guidance, config.top_k, config.top_p) == (cfg, "ramp", 900, 0.95)
+    assert config.num_samples == 2
 
 
 def test_ranks_and_nodes_come_from_the_environment(spy):
