@@ -5,13 +5,22 @@ Legend: B batch, L tokens of a schedule, V codebook rows, D codebook width.
 
 from __future__ import annotations
 
+import random
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.sampling import Guidance, guide, sample_tokens
 from models.scales import ScaleSchedule, shift_all
-from trainer import Metrics, TeacherPass, Trainer, scale_losses
+from trainer import Metrics, Trainer, scale_losses
+from utils.config import SARConfig
 from utils.data import CodeBatch
+
+
+def rollout_guidance(sar: SARConfig) -> Guidance:
+    """The guidance of tokens drawn in training."""
+    return Guidance("half_ramp", sar.sf_cfg_scale) if sar.rollout == "cfg" else Guidance("none")
 
 
 class SARTrainer(Trainer):
@@ -25,12 +34,14 @@ class SARTrainer(Trainer):
     """
 
     def compute_loss(self, batch: CodeBatch, schedule: ScaleSchedule) -> tuple[Tensor, Metrics]:
-        gamma = self.config.sar.csf_weight
+        gamma = self.gamma()
         teacher = self.teacher_pass(batch, schedule)
         if gamma == 0 or len(schedule) < 2:
             return teacher.loss, teacher.metrics
-        rollout = self.roll_out(teacher, batch.labels, schedule)  # (B, L)
-        csf_loss, metrics = self.student_loss(rollout, teacher.tokens, batch.labels, schedule)
+        logits = self.guided(teacher.logits.detach(), teacher.inputs, batch.labels, schedule)
+        rollout = self.draw(logits)  # (B, L)
+        targets = {"teacher": rollout, "ground_truth": teacher.tokens, "teacher_soft": logits}
+        csf_loss, metrics = self.student_loss(rollout, targets[self.config.sar.csf_target], batch.labels, schedule)
         loss = teacher.loss + gamma * csf_loss
         return loss, {
             **teacher.metrics,
@@ -42,44 +53,65 @@ class SARTrainer(Trainer):
             "rollout_accuracy": (rollout == teacher.tokens).float().mean(),
         }
 
-    @torch.no_grad()
-    def roll_out(self, teacher: TeacherPass, labels: Tensor, schedule: ScaleSchedule) -> Tensor:
-        """Tokens drawn from the teacher's logits at every scale (B, L), without gradient."""
+    def gamma(self) -> float:
+        """γ at this step: --csf_weight, reached linearly over the first --csf_ramp of the run."""
         sar = self.config.sar
-        logits = teacher.logits.detach()
+        ramp = sar.csf_ramp * self.total_steps
+        return sar.csf_weight * min(1.0, self.step / ramp) if ramp else sar.csf_weight
+
+    @torch.no_grad()
+    def guided(self, logits: Tensor, inputs: Tensor, labels: Tensor, schedule: ScaleSchedule) -> Tensor:
+        """The teacher's logits (B, L, V) under the rollout's guidance, without gradient."""
+        weights = rollout_guidance(self.config.sar).weights(schedule.sides)
+        if not any(weights):
+            return logits
+        # Only the unconditional half is new: the conditional one is there.
+        unconditional = self.model(torch.full_like(labels, self.model.null_class), inputs, schedule)
+        halves = zip(schedule.split(logits), schedule.split(unconditional), strict=True)
+        return torch.cat([guide(c, u, w) for (c, u), w in zip(halves, weights, strict=True)], dim=1)
+
+    @torch.no_grad()
+    def draw(self, logits: Tensor) -> Tensor:
+        """Tokens (B, L) from logits (B, L, V), by --rollout."""
+        sar = self.config.sar
         if sar.rollout == "argmax":
             return logits.argmax(-1)
-        guidance = Guidance("half_ramp", sar.sf_cfg_scale)
-        if sar.rollout == "cfg" and any(guidance.weights(schedule.sides)):
-            # Only the unconditional half is new; it needs no gradient and no copy of the conditional one.
-            null = torch.full_like(labels, self.model.null_class)
-            unconditional = self.model(null, teacher.inputs, schedule)
-            halves = zip(schedule.split(logits), schedule.split(unconditional), strict=True)
-            weights = guidance.weights(schedule.sides)
-            logits = torch.cat([guide(c, u, w) for (c, u), w in zip(halves, weights, strict=True)], dim=1)
-        uniforms = torch.rand(logits.shape[:-1], device=logits.device)
-        return sample_tokens(logits, sar.sf_top_k, sar.sf_top_p, uniforms)
+        return sample_tokens(logits, sar.sf_top_k, sar.sf_top_p, torch.rand(logits.shape[:-1], device=logits.device))
 
     def student_loss(
-        self, rollout: Tensor, truth: Tensor, labels: Tensor, schedule: ScaleSchedule
+        self, rollout: Tensor, targets: Tensor, labels: Tensor, schedule: ScaleSchedule
     ) -> tuple[Tensor, Metrics]:
-        """The second pass on the rollout shifted up, and its cross-entropy at the scales it was fed.
+        """The second pass on the rollout (B, L) shifted up, against targets (B, L) or (B, L, V) at the scales it fed.
 
         --ssr all (paper): every scale from its predecessor's rollout, in one pass of the whole schedule.
         --ssr last (released code): only the last transition, as the two-scale sequence [1, s_N] whose first token
-        is the class embedding without pos_start.
+        is the class embedding without pos_start. --ssr random: the same of a transition drawn anew each step.
+        --ssr_steps n (with all): n such passes, each on the tokens drawn from the one before; the mean of their losses.
         """
-        targets = rollout if self.config.sar.csf_target == "teacher" else truth
-        if self.config.sar.ssr == "all":
-            logits = self.network(labels, shift_all(rollout, self.codebook, schedule), schedule)
-            fed = slice(schedule.lengths[0], None)  # scales 2…N
-            scales = ScaleSchedule(schedule.sides[1:])
+        sar, n = self.config.sar, len(schedule)
+        if sar.ssr == "all":
+            fed, scales = slice(schedule.lengths[0], None), ScaleSchedule(schedule.sides[1:])  # scales 2…N
+            losses: list[tuple[Tensor, Metrics]] = []
+            while len(losses) < sar.ssr_steps:
+                logits = self.network(labels, shift_all(rollout, self.codebook, schedule), schedule)
+                losses.append(csf_losses(logits[:, fed], targets[:, fed], scales))
+                if len(losses) < sar.ssr_steps:
+                    rollout = self.draw(logits.detach())
         else:
-            pair = ScaleSchedule(schedule.sides[-2:])
-            drawn = rollout[:, -pair.total :]  # the last two scales
-            short = ScaleSchedule((1, schedule.sides[-1]))
+            i = n - 1 if sar.ssr == "last" else random.Random(f"ssr/{self.config.run.seed}/{self.step}").randrange(1, n)
+            pair = ScaleSchedule(schedule.sides[i - 1 : i + 1])
+            drawn = torch.cat([rollout[:, schedule.span(i - 1)], rollout[:, schedule.span(i)]], dim=1)
+            short, scales = ScaleSchedule((1, schedule.sides[i])), ScaleSchedule(schedule.sides[i : i + 1])
             logits = self.network(labels, shift_all(drawn, self.codebook, pair), short, start=False)
-            fed = slice(1, None)
-            scales = ScaleSchedule(schedule.sides[-1:])
-        loss, metrics = scale_losses(logits[:, fed], targets[:, -scales.total :], scales)
-        return loss, {f"student_{name}": value for name, value in metrics.items()}
+            losses = [csf_losses(logits[:, 1:], targets[:, schedule.span(i)], scales)]
+        metrics = {f"student_{name}": value for name, value in losses[0][1].items()}
+        return torch.stack([loss for loss, _ in losses]).mean(), metrics
+
+
+def csf_losses(logits: Tensor, targets: Tensor, schedule: ScaleSchedule) -> tuple[Tensor, Metrics]:
+    """Cross-entropy against tokens (B, L), or KL from the distributions that logits (B, L, V) stand for."""
+    if targets.ndim == 2:
+        return scale_losses(logits, targets, schedule)
+    _, metrics = scale_losses(logits.detach(), targets.argmax(-1), schedule)
+    student, teacher = (x.float().log_softmax(-1).flatten(0, 1) for x in (logits, targets))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True), metrics

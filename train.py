@@ -12,6 +12,7 @@ from models.pipeline import default_names
 from models.vqvae import VQVAE
 from pretrained.download import offer
 from sar_trainer import SARTrainer
+from student_forcing import STUDENT_FORCING
 from trainer import Trainer
 from utils.checkpoint import find_weights, flexvar_config, load_strictly, load_tokenizer, read_state_dict, write_json
 from utils.config import TrainConfig, parse
@@ -19,7 +20,7 @@ from utils.data import check_dataset, open_dataset
 from utils.distributed import Ranks, ranks
 from utils.optim import derive_seed
 
-TRAINERS = {"teacher_forcing": Trainer, "csfl": SARTrainer}
+TRAINERS = {"teacher_forcing": Trainer, "csfl": SARTrainer, **STUDENT_FORCING}
 
 
 def build_model(config: TrainConfig, vae: VQVAE, data_classes: int) -> FlexVAR:

@@ -247,7 +247,7 @@ class Trainer(Loop):
 
     def micro_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         schedule = self.schedule()
-        batch = encode_batch(self.vae, images, self.drop_classes(labels), schedule)
+        batch = encode_batch(self.vae, images, self.drop_classes(labels), schedule, self.config.model.supervision)
         with self.precision.autocast():
             return self.compute_loss(batch, schedule)
 
@@ -277,7 +277,7 @@ class Trainer(Loop):
     def held_out_losses(self, images: Tensor, labels: Tensor) -> Metrics:
         """Teacher-forced loss on the schedule --pn."""
         schedule = self.config.model.scales
-        tokens = encode_batch(self.vae, images, labels, schedule).tokens(schedule)
+        tokens = encode_batch(self.vae, images, labels, schedule, self.config.model.supervision).tokens(schedule)
         with self.precision.autocast():
             logits = self.model(labels, shift_all(tokens, self.codebook, schedule), schedule)
             loss, metrics = scale_losses(logits, tokens, schedule)

@@ -55,15 +55,18 @@ ROWS = {
 }
 
 
-def run_stage(name: str, entry: str, flags: list[str], steps: int, out: Path, bs: int) -> tuple[Path, float]:
+def run_stage(
+    name: str, entry: str, flags: list[str], steps: int, out: Path, bs: int, processes: int = 0
+) -> tuple[Path, float]:
     """One training run of `steps` steps in out/name. Returns its directory and its seconds."""
-    processes = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    processes = processes or torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     directory = out / name
     epochs = (steps - 0.5) * bs / 1300  # rounded up to whole steps
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [entry, *DATA, *flags, f"--ep={epochs:.6f}", f"--max_steps={steps}", f"--out_dir={directory}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), entry, *DATA, *flags, f"--ep={epochs:.6f}"]
+    command += [f"--max_steps={steps}", f"--out_dir={directory}"]
     command += [f"--exp_name={name}", f"--save_every_steps={steps}", "--log_every=25", "--eval_images=497"]
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = max(1, (os.cpu_count() or 1) // max(2, processes))  # two runs at a time may share a machine
     began = time.perf_counter()
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     return directory, time.perf_counter() - began

@@ -67,6 +67,11 @@ WRONG = [
     (["--rollout=argmax", "--sf_top_k=5"], "--sf_top_k has no effect without --rollout sample or cfg"),
     (["--rollout=sample", "--sf_cfg_scale=3"], "--sf_cfg_scale has no effect"),
     (["--training_mode=teacher_forcing", "--ssr=last"], "--ssr has no effect without --training_mode csfl"),
+    (["--training_mode=sf_full", "--csf_weight=1"], "--csf_weight has no effect without --training_mode csfl"),
+    (["--training_mode=sf_full", "--sf_hybrid_from=4"], "--sf_hybrid_from has no effect"),
+    (["--training_mode=teacher_forcing", "--rollout=sample"], "--rollout has no effect"),
+    (["--ssr=last", "--ssr_steps=2"], "--ssr_steps has no effect without --ssr all"),
+    (["--csf_ramp=2"], "--csf_ramp"),
     (["--wandb_notes=x"], "--wandb_notes has no effect without --logger_type wandb"),
     *[([flag, "1"], flag) for flag in RETIRED],
 ]

@@ -143,3 +143,12 @@ def test_codes_of_a_batch(vae, expected):
     batch = encode_batch(vae, expected["images"], expected["labels"], schedule)
     assert torch.equal(batch.tokens(schedule), expected["vae.codes"])
     assert torch.equal(batch.tokens(ScaleSchedule((1, 4))), expected["vae.codes"][:, [0, *range(14, 30)]])
+
+
+def test_supervision_from_resized_images(vae, expected):
+    schedule = ScaleSchedule((1, 2, 4))
+    batch = encode_batch(vae, expected["images"], expected["labels"], schedule, "image")
+    small = expected["images"].view(2, 3, 32, 2, 32, 2).mean((3, 5))
+    assert torch.equal(batch.codes[2], vae.codes(vae.encode(small), 2))
+    assert torch.equal(batch.codes[4], expected["vae.codes"][:, 14:])
+    assert not torch.equal(batch.codes[2], expected["vae.codes"][:, 1:5])

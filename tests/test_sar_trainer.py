@@ -44,13 +44,13 @@ def test_both_second_passes_equal_the_released_ones(ssr, reference, expected, sc
     with torch.no_grad():
         loss, metrics = trainer.compute_loss(batch_of(expected, schedule), schedule)
         teacher = trainer.teacher_pass(batch_of(expected, schedule), schedule)
-    rollout = trainer.roll_out(teacher, expected["labels"], schedule)
+    rollout = trainer.draw(teacher.logits)
     assert torch.equal(rollout, expected["student.rollout_argmax"])
     assert worst(metrics["loss_csf"].view(1), expected[f"student.csf_loss_{ssr}"]) < 1e-5
     assert worst(metrics["loss_tf"].view(1), expected["teacher.loss"]) < 1e-5
     assert loss.item() == pytest.approx(metrics["loss_tf"].item() + 0.25 * metrics["loss_csf"].item(), rel=1e-6)
     with torch.no_grad():
-        trainer.student_loss(rollout, expected["vae.codes"], expected["labels"], schedule)
+        trainer.student_loss(rollout, rollout, expected["labels"], schedule)
     if ssr == "all":
         assert worst(seen["inputs"], expected["student.inputs"]) < 1e-5
         assert worst(seen["logits"], expected["student.logits_all"]) < 1e-5
@@ -73,7 +73,7 @@ def test_rollouts_by_their_definitions(reference, model, expected, schedule):
         teacher = trainer.teacher_pass(batch_of(expected, schedule), schedule)
         assert worst(teacher.inputs, inputs) < 1e-5
         torch.manual_seed(3)
-        found = trainer.roll_out(teacher, labels, schedule)
+        found = trainer.draw(trainer.guided(teacher.logits.detach(), teacher.inputs, labels, schedule))
         torch.manual_seed(3)
         assert torch.equal(found, sample_tokens(logits, 20, 0.9, torch.rand(2, 30)))
     assert Guidance("half_ramp", 2.0).weights(schedule.sides) == pytest.approx(weights)
@@ -90,8 +90,8 @@ def test_ground_truth_target(reference, expected, schedule):
 def test_no_gradient_flows_through_the_rollout(reference, model, expected, schedule):
     trainer = reference("--rollout=cfg", "--csf_weight=1")
     teacher = trainer.teacher_pass(batch_of(expected, schedule), schedule)
-    rollout = trainer.roll_out(teacher, expected["labels"], schedule)
-    csf, _ = trainer.student_loss(rollout, teacher.tokens, expected["labels"], schedule)
+    rollout = trainer.draw(trainer.guided(teacher.logits, teacher.inputs, expected["labels"], schedule))
+    csf, _ = trainer.student_loss(rollout, rollout, expected["labels"], schedule)
     csf.backward()
     found = model.head.weight.grad.clone()
     model.zero_grad()
@@ -150,3 +150,47 @@ def test_one_scale_has_no_second_pass(reference, expected):
     trainer, one = reference("--rollout=argmax", "--csf_weight=1"), ScaleSchedule((4,))
     _, metrics = trainer.compute_loss(CodeBatch(expected["labels"], {4: expected["vae.codes"][:, 14:]}), one)
     assert "loss_csf" not in metrics
+
+
+def test_a_random_transition_is_a_released_pass_of_that_transition(reference, expected, schedule):
+    trainer, rollout, labels = reference("--ssr=random"), expected["student.rollout_argmax"], expected["labels"]
+    seen = set()
+    for trainer.step in range(20):
+        loss, metrics = trainer.student_loss(rollout, rollout, labels, schedule)
+        (side,) = (int(name.split("/")[1]) for name in metrics if name.startswith("student_loss_side/"))
+        seen.add(side)
+        if side == 4:
+            assert worst(loss.detach().view(1), expected["student.csf_loss_last"]) < 1e-5
+    assert seen == {2, 3, 4}
+
+
+def test_soft_targets_are_a_kl_and_one_hot_ones_the_hard_loss(reference, expected, schedule):
+    trainer, labels = reference("--csf_target=teacher_soft"), expected["labels"]
+    rollout = expected["student.rollout_argmax"]
+    one_hot = F.one_hot(rollout, 128).float() * 1e4  # as logits: all the mass on one token
+    soft, _ = trainer.student_loss(rollout, one_hot, labels, schedule)
+    assert worst(soft.detach().view(1), expected["student.csf_loss_all"]) < 1e-5
+    teacher, student = (expected[n][:, 1:].log_softmax(-1) for n in ("teacher.logits", "student.logits_all"))
+    kl = (teacher.exp() * (teacher - student)).sum(-1).mean()
+    found, _ = trainer.student_loss(rollout, expected["teacher.logits"], labels, schedule)
+    assert found.item() == pytest.approx(kl.item(), rel=1e-4)
+
+
+def test_deeper_rollouts_feed_on_the_students_own_tokens(reference, model, expected, schedule):
+    trainer, labels = reference("--rollout=argmax", "--ssr_steps=2"), expected["labels"]
+    rollout = expected["student.rollout_argmax"]
+    found, _ = trainer.student_loss(rollout, rollout, labels, schedule)
+    again = shift_all(expected["student.logits_all"].argmax(-1), trainer.codebook, schedule)
+    second = F.cross_entropy(model(labels, again, schedule)[:, 1:].flatten(0, 1), rollout[:, 1:].flatten())
+    wanted = (expected["student.csf_loss_all"] + second) / 2
+    assert worst(found.detach().view(1), wanted.detach()) < 1e-5
+
+
+def test_gamma_grows_to_its_weight(reference):
+    trainer = reference("--csf_weight=0.5", "--csf_ramp=0.5")
+    trainer.total_steps = 20
+    found = []
+    for trainer.step in (0, 5, 10, 19):
+        found.append(trainer.gamma())
+    assert found == [0, 0.25, 0.5, 0.5]
+    assert reference("--csf_weight=0.5").gamma() == 0.5

@@ -65,6 +65,8 @@ class ModelConfig:
     alng: float = 1e-3  # initial scale of the adaLN weights of the gates
     label_drop: float = 0.1  # probability of training on the unconditional class
     pn: str = "1_2_3_4_5_6_8_10_13_16"  # sides of the scales; the last one times the tokenizer's factor is the image
+    supervision: Literal["latent", "image"] = "latent"
+    """codes of a scale: from the latent resized to it, or from the image resized and encoded at it (Table 1)"""
     schedule: Literal["flexvar", "fixed"] = "flexvar"  # flexvar: draw the sides anew each step; fixed: --pn
 
     def __post_init__(self):
@@ -108,24 +110,36 @@ class OptimConfig:
 class SARConfig:
     """Self-autoregressive refinement"""
 
-    training_mode: Literal["teacher_forcing", "csfl"] = "csfl"  # csfl: the SAR objective, L_TF + γ·L_CSF
+    training_mode: Literal["teacher_forcing", "csfl", "sf_full", "sf_alternate", "sf_interleave", "sf_hybrid"] = "csfl"
+    """csfl: the SAR objective, L_TF + γ·L_CSF; sf_…: naive student forcing (Table 3), all inputs self-generated, every
+    other step's, every other scale's, or those of sides above SF_HYBRID_FROM"""
+    sf_hybrid_from: int = 8  # sf_hybrid: teacher forcing up to this side
     csf_weight: float = alias(0.01, "--sigma")  # γ, the weight of the contrastive student-forcing loss
-    ssr: Literal["all", "last"] = "all"
-    """stagger-scale rollout: second pass over all scales (paper), or over the last transition (released code)"""
+    csf_ramp: float = 0.0  # γ grows from 0 over this fraction of the run
+    ssr: Literal["all", "last", "random"] = "all"
+    """stagger-scale rollout: second pass over all scales (paper), the last transition (released), or a random one"""
+    ssr_steps: int = 1  # with --ssr all: passes on rollouts of rollouts
     rollout: Literal["argmax", "sample", "cfg"] = "cfg"  # how tokens are drawn from the teacher's logits
-    csf_target: Literal["teacher", "ground_truth"] = "teacher"  # teacher: Eq. 10; ground_truth: the ablation
+    csf_target: Literal["teacher", "ground_truth", "teacher_soft"] = "teacher"
+    """teacher: the tokens it drew (Eq. 10); ground_truth: the ablation; teacher_soft: KL to its distribution (ours)"""
     sf_top_k: int = 900  # rollout: top-k; 0: off
     sf_top_p: float = 0.95  # rollout: top-p; 0: off
     sf_cfg_scale: float = 2.5  # rollout: scale of the half-ramp guidance
 
     def __post_init__(self):
-        at_least(self, csf_weight=0, sf_top_k=0, sf_top_p=0, sf_cfg_scale=0)
-        if self.sf_top_p > 1:
-            raise ValueError(f"--sf_top_p is a probability, got {self.sf_top_p}")
-        sar = [f.name for f in fields(self) if f.name != "training_mode"]
-        only_with(self, self.training_mode == "csfl", "--training_mode csfl", sar)
+        at_least(self, csf_weight=0, csf_ramp=0, ssr_steps=1, sf_top_k=0, sf_top_p=0, sf_cfg_scale=0, sf_hybrid_from=1)
+        if self.sf_top_p > 1 or self.csf_ramp > 1:
+            raise ValueError(f"--sf_top_p and --csf_ramp are at most 1, got {self.sf_top_p} and {self.csf_ramp}")
+        mode = self.training_mode
+        rollout = ["rollout", "sf_top_k", "sf_top_p", "sf_cfg_scale"]
+        only_with(
+            self, mode == "csfl", "--training_mode csfl", ["csf_weight", "csf_ramp", "ssr", "ssr_steps", "csf_target"]
+        )
+        only_with(self, mode != "teacher_forcing", "--training_mode csfl or sf_…", rollout)
+        only_with(self, mode == "sf_hybrid", "--training_mode sf_hybrid", ["sf_hybrid_from"])
         only_with(self, self.rollout != "argmax", "--rollout sample or cfg", ["sf_top_k", "sf_top_p"])
         only_with(self, self.rollout == "cfg", "--rollout cfg", ["sf_cfg_scale"])
+        only_with(self, self.ssr == "all", "--ssr all", ["ssr_steps"])
 
 
 @dataclass(frozen=True)

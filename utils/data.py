@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -42,10 +43,20 @@ class CodeBatch:
 
 
 @torch.no_grad()
-def encode_batch(vae: VQVAE, images: Tensor, labels: Tensor, schedule: ScaleSchedule) -> CodeBatch:
-    """Images (B, 3, H, W) → their codes at the sides of a schedule."""
-    latent = vae.encode(images)
-    return CodeBatch(labels, {s: vae.codes(latent, s) for s in schedule.sides})
+def encode_batch(
+    vae: VQVAE, images: Tensor, labels: Tensor, schedule: ScaleSchedule, supervision: str = "latent"
+) -> CodeBatch:
+    """Images (B, 3, H, W) → their codes at the sides of a schedule.
+
+    A scale's codes come from the image's latent, resized by area to the scale ("latent"), or from the latent of the
+    image resized to the scale's resolution ("image").
+    """
+    if supervision == "latent":
+        latent = vae.encode(images)
+        return CodeBatch(labels, {s: vae.codes(latent, s) for s in schedule.sides})
+    factor = vae.config.factor
+    small = {s: F.interpolate(images, (factor * s, factor * s), mode="area") for s in schedule.sides}
+    return CodeBatch(labels, {s: vae.codes(vae.encode(image), s) for s, image in small.items()})
 
 
 # ---------------------------------------------------------------------------------------------------- views

@@ -109,3 +109,9 @@ def plot_curves(panels: dict[str, Curves], axes: tuple[str, str], path: Path) ->
         plot.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    from utils.figures import main
+
+    main()

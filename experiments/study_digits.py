@@ -1,0 +1,100 @@
+"""Every training schedule of the paper on digits: equal further steps from one FlexVAR, three seeds.
+
+    python -m experiments.study_digits          # after the quickstart; a finished run is not run again
+
+Writes the table to docs/study_digits.md and everything else to out/study_digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from experiments.quickstart import FLEXVAR, FURTHER, PER_CLASS, Judge, run_stage, sample
+from utils.checkpoint import load_tokenizer, write_json
+from utils.visualize import read_metrics
+
+DRAWN = ["--sf_top_k=0", "--sf_top_p=0"]
+SAR = "--training_mode=csfl"
+VARIANTS = {
+    "TF continued": ["--training_mode=teacher_forcing"],
+    "SF full": ["--training_mode=sf_full", "--rollout=sample", *DRAWN],
+    "SF alternate": ["--training_mode=sf_alternate", "--rollout=sample", *DRAWN],
+    "SF interleave": ["--training_mode=sf_interleave", "--rollout=sample", *DRAWN],
+    "SF hybrid, from side 3": ["--training_mode=sf_hybrid", "--sf_hybrid_from=3", "--rollout=sample", *DRAWN],
+    "SAR argmax": [SAR, "--rollout=argmax"],
+    "SAR sampled": [SAR, "--rollout=sample", *DRAWN],
+    "SAR guided": [SAR, "--rollout=cfg", *DRAWN],
+    "SAR guided, ground-truth target": [SAR, "--rollout=cfg", "--csf_target=ground_truth", *DRAWN],
+    "SAR sampled, γ 0.1": [SAR, "--rollout=sample", "--csf_weight=0.1", *DRAWN],
+    "SAR sampled, γ 1": [SAR, "--rollout=sample", "--csf_weight=1", *DRAWN],
+}
+SEEDS = (0, 1, 2)
+COLUMNS = {
+    "class_accuracy": ("class accuracy", 3),
+    "frechet_distance": ("Fréchet distance", 2),
+    "held_out_loss": ("held-out loss", 4),
+    "seconds_per_step": ("s/step", 2),
+}
+
+
+def slug(text: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in text.lower())
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean ± standard deviation over the seeds."""
+    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--quickstart", type=Path, default=Path("out/quickstart"))
+    parser.add_argument("--out", type=Path, default=Path("out/study_digits"))
+    parser.add_argument("--table", type=Path, default=Path("docs/study_digits_table.md"))
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--only", default="", help="variants whose name contains this")
+    args = parser.parse_args()
+    start = [f"--vae_ckpt={args.quickstart / 'tokenizer'}", f"--init_ckpt={args.quickstart / 'flexvar'}"]
+    variants = {name: flags for name, flags in VARIANTS.items() if args.only in name}
+    jobs = [(name, seed) for seed in SEEDS for name in variants]
+
+    def train(job: tuple[str, int]) -> Path:
+        name, seed = job
+        flags = [*start, *FLEXVAR, *FURTHER, *VARIANTS[name], f"--seed={seed}", "--vis_num_samples=0"]
+        return run_stage(f"{slug(name)}_{seed}", "train.py", flags, args.steps, args.out, 48, processes=1)[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = dict(zip(jobs, pool.map(train, jobs), strict=True))
+    judge, vae = Judge(), load_tokenizer(args.quickstart / "tokenizer")
+    labels = torch.arange(10).repeat_interleave(PER_CLASS)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ["before", *variants]}
+    found["before"].append(judge.score(sample(args.quickstart / "flexvar", vae, labels), labels.numpy()))
+    found["before"][0] |= {"held_out_loss": read_metrics(args.quickstart / "flexvar", "val/loss")[1][-1]}
+    for (name, _), run in runs.items():
+        scores = judge.score(sample(run, vae, labels), labels.numpy())
+        rates = read_metrics(run, "train/images_per_second")[1]
+        extra = {
+            "held_out_loss": read_metrics(run, "val/loss")[1][-1],
+            "seconds_per_step": 48 / statistics.median(rates),
+        }
+        found[name].append({**scores, **extra})
+    write_json(args.out / "study.json", found)
+    lines = ["| | " + " | ".join(title for title, _ in COLUMNS.values()) + " |", "|---|" + "---|" * len(COLUMNS)]
+    for name, rows in found.items():
+        cells = [spread([row[c] for row in rows], d) if c in rows[0] else "" for c, (_, d) in COLUMNS.items()]
+        if name == "before":
+            cells = [f"{rows[0][c]:.{d}f}" if c in rows[0] else "" for c, (_, d) in COLUMNS.items()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    args.table.parent.mkdir(parents=True, exist_ok=True)
+    args.table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.sampling import Guidance, evaluating, walk
+from models.scales import ScaleSchedule, shift_all, shift_up
+from student_forcing import STUDENT_FORCING
+from tests.conftest import ALONE, config_of, torchrun, worst
+from utils.checkpoint import latest_checkpoint
+from utils.data import CodeBatch, open_dataset
+
+
+@pytest.fixture
+def reference(flags, vae, model):
+    """A student-forcing trainer around the reference models."""
+
+    def make(mode, *more):
+        config = config_of(flags, "--pn=1_2_3_4", f"--training_mode={mode}", *more)
+        train = open_dataset(config.data, 64, 0, "train")
+        trainer = STUDENT_FORCING[mode](config, model, vae, train, None, ALONE)
+        model.eval()
+        return trainer
+
+    return make
+
+
+@pytest.fixture
+def batch(expected, schedule):
+    codes = dict(zip(schedule.sides, schedule.split(expected["vae.codes"]), strict=True))
+    return CodeBatch(expected["labels"], codes)
+
+
+def test_which_scales_are_self_fed(reference, schedule):
+    assert reference("sf_full").self_fed(schedule) == [False, True, True, True]
+    assert reference("sf_interleave").self_fed(schedule) == [False, True, False, True]
+    assert reference("sf_hybrid", "--sf_hybrid_from=2").self_fed(schedule) == [False, False, True, True]
+    alternate = reference("sf_alternate")
+    steps = []
+    for alternate.step in range(4):
+        steps.append(any(alternate.self_fed(schedule)))
+    assert steps == [False, True, False, True]
+
+
+@pytest.mark.parametrize("rollout", ["sample", "argmax", "cfg"])
+def test_full_feeds_what_generate_would_feed_under_the_same_seeds(rollout, reference, model, vae, batch, schedule):
+    drawn = [] if rollout == "argmax" else ["--sf_top_k=20", "--sf_top_p=0.9"]
+    trainer = reference("sf_full", f"--rollout={rollout}", *drawn)
+    torch.manual_seed(5)
+    fed = trainer.roll_out(batch, schedule)
+    torch.manual_seed(5)
+    uniforms = torch.rand(2, 30)
+    guidance = Guidance("half_ramp", 2.5) if rollout == "cfg" else Guidance("none")
+    with torch.no_grad(), evaluating(model):
+        top_k = 1 if rollout == "argmax" else 20
+        scales = walk(model, vae.codebook, batch.labels, schedule, guidance, top_k, 0.9, uniforms)
+        wanted = torch.cat([codes for _, codes in scales], dim=1)
+    assert torch.equal(fed[:, :14], wanted[:, :14])  # the finest scale feeds nothing
+    assert worst(shift_all(fed, vae.codebook, schedule), shift_all(wanted, vae.codebook, schedule)) == 0
+
+
+def test_the_parallel_loss_equals_the_autoregressive_passes_own(reference, model, vae, batch, schedule):
+    """Eq. 3 as the paper writes it: the logits of the autoregressive pass itself, with gradient."""
+    trainer = reference("sf_full", "--rollout=argmax")
+    loss, _ = trainer.compute_loss(batch, schedule)
+    (found,) = torch.autograd.grad(loss, model.head.weight)
+    state, inputs, logits = model.begin(batch.labels, schedule.total), None, []
+    for i, s in enumerate(schedule.sides):
+        logits.append(model.step(state, inputs, s))
+        if i < 3:
+            codes = logits[-1].detach().argmax(-1)
+            inputs = shift_up(codes, vae.codebook, s, schedule.sides[i + 1])
+    own = F.cross_entropy(torch.cat(logits, 1).flatten(0, 1), batch.tokens(schedule).flatten())
+    assert loss.item() == pytest.approx(own.item(), rel=1e-5)
+    assert worst(found, torch.autograd.grad(own, model.head.weight)[0]) < 1e-4
+
+
+def test_mixed_inputs_hold_ground_truth_where_they_should(reference, batch, schedule):
+    fed = reference("sf_interleave", "--rollout=argmax").roll_out(batch, schedule)
+    truth = batch.tokens(schedule)
+    drawn, kept = [0, 2], [1, 3]  # scales 1 and 3 feed scales 2 and 4; scale 2 feeds scale 3 as ground truth
+    for i in kept:
+        assert torch.equal(fed[:, schedule.span(i)], truth[:, schedule.span(i)])
+    assert any(not torch.equal(fed[:, schedule.span(i)], truth[:, schedule.span(i)]) for i in drawn)
+
+
+@pytest.mark.parametrize("mode", [("sf_hybrid", "--sf_hybrid_from=4"), ("sf_alternate",)])
+def test_without_self_fed_scales_the_loss_is_teacher_forcing_exactly(mode, reference, expected, batch, schedule):
+    trainer = reference(*mode)  # sf_alternate: step 0 is teacher-forced
+    loss, _ = trainer.compute_loss(batch, schedule)
+    assert torch.equal(loss, trainer.teacher_pass(batch, schedule).loss)
+    assert worst(loss.detach().view(1), expected["teacher.loss"]) < 1e-5
+
+
+def test_interleave_with_one_scale_is_teacher_forcing(reference, batch):
+    one = ScaleSchedule((4,))
+    trainer = reference("sf_interleave")
+    loss, _ = trainer.compute_loss(batch, one)
+    assert torch.equal(loss, trainer.teacher_pass(batch, one).loss)
+
+
+@pytest.mark.parametrize(
+    ("mode", "scales"), [("sf_full", 3), ("sf_interleave", 3), ("sf_hybrid", 3), ("sf_alternate", 0)]
+)
+def test_a_step_costs_a_rollout_without_gradient_and_one_forward(mode, scales, reference, model, batch, schedule):
+    more = ["--sf_hybrid_from=2"] if mode == "sf_hybrid" else []
+    trainer = reference(mode, "--rollout=argmax", *more)
+    calls = []
+    model.blocks[0].register_forward_hook(lambda _, x, y: calls.append((x[0].shape[1], torch.is_grad_enabled())))
+    trainer.compute_loss(batch, schedule)
+    assert calls == [*[(n, False) for n in schedule.lengths[:scales]], (schedule.total, True)]
+
+
+@pytest.mark.parametrize("mode", STUDENT_FORCING)
+def test_every_mode_trains_under_torchrun(mode, flags, tmp_path):
+    more = ["--sf_hybrid_from=2"] if mode == "sf_hybrid" else []
+    torchrun(2, "train.py", *flags, f"--training_mode={mode}", *more, "--max_steps=2")
+    assert latest_checkpoint(tmp_path / "run").name == "step_0000002"
