@@ -140,7 +140,7 @@ def trajectory(args: argparse.Namespace) -> None:
         drawn = pipeline.steps(classes, edit=lambda s, codes: start[s] if s <= 4 else codes, **options)
         for s, pictures in drawn.items():
             steps[s] += pictures
-    start_side = max(s for s in steps if s <= 4)
+    start_side = max(s for s in first.schedule.sides[:-1] if s <= 4)
     shown = {s: pictures for s, pictures in steps.items() if s >= start_side}
     coarse_to_fine(shown, [name for name in pipelines for _ in classes]).save(args.out)
 
