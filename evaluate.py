@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from models.pipeline import SARPipeline, open_pipeline, to_bytes
-from models.sampling import Guidance, sample_codes
+from models.sampling import Draw, Guidance, sample_codes
 from utils.checkpoint import EMA, MODEL, digest, find_weights, load_tokenizer, write_json
-from utils.config import EvalConfig, parse
+from utils.config_sampling import EvalConfig
 from utils.distributed import Ranks, ranks
 from utils.evaluations.c2i import psnr, ssim
 from utils.evaluations.c2i.features import Extractor, make_extractor
@@ -28,6 +28,7 @@ from utils.evaluations.c2i.images import ImageSource, Resized, open_images, writ
 from utils.evaluations.c2i.reference import IMAGENET, Reference, load_reference, save_reference
 from utils.evaluations.c2i.report import score, versions, write_report, write_sweep
 from utils.evaluations.c2i.store import FeatureStore
+from utils.flags import parse
 from utils.optim import Precision, derive_seed
 
 
@@ -49,7 +50,7 @@ class Generated:
             raise ValueError(f"the model knows {pipeline.model.config.num_classes} classes, not {classes}")
         self.labels = label_order(classes * config.num_samples, classes, config.seed)
         self.pipeline, self.seed = pipeline, config.seed
-        self.guidance, self.top_k, self.top_p = Guidance(config.guidance, cfg), top_k, top_p
+        self.draw = Draw(Guidance(config.guidance, cfg), top_k, top_p)
         sides = pipeline.schedule.sides
         if config.eval_scale and config.eval_scale not in sides:
             raise ValueError(f"--eval_scale {config.eval_scale} is none of the scales {sides}")
@@ -65,7 +66,7 @@ class Generated:
         vae, model, schedule = self.pipeline.vae, self.pipeline.model, self.pipeline.schedule
         labels = self.labels[indices.start : indices.stop]
         with self.precision.autocast():
-            codes = sample_codes(model, vae.codebook, labels, schedule, self.guidance, self.top_k, self.top_p, seeds)
+            codes = sample_codes(model, vae.codebook, labels, schedule, self.draw, seeds)
             return to_bytes(vae.decode(codes[self.side], self.side))
 
 

@@ -13,7 +13,8 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from models.pipeline import SARPipeline, open_pipeline
-from utils.config import SampleConfig, parse
+from utils.config_sampling import SampleConfig
+from utils.flags import parse
 from utils.optim import Precision
 from utils.visualize import captioned_grid, coarse_to_fine, save_gif
 

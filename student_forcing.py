@@ -10,7 +10,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from models.sampling import evaluating, walk
+from models.sampling import Draw, evaluating, walk
 from models.scales import ScaleSchedule, shift_all
 from sar_trainer import rollout_guidance
 from trainer import Metrics, Trainer, scale_losses
@@ -48,9 +48,10 @@ class StudentForcing(Trainer):
         uniforms = torch.rand(truth.shape, device=truth.device)
         parts = list(schedule.split(truth))
         top_k = 1 if sar.rollout == "argmax" else sar.sf_top_k
+        draw = Draw(rollout_guidance(sar), top_k, sar.sf_top_p, max_pn=None)
         with evaluating(self.model):
             scales = walk(
-                self.model, self.codebook, batch.labels, schedule, rollout_guidance(sar), top_k, sar.sf_top_p, uniforms,
+                self.model, self.codebook, batch.labels, schedule, draw, uniforms,
                 edit=lambda s, codes: codes if mine[s] else batch.codes[s],
             )  # fmt: skip
             for i in range(last + 1):  # finer scales feed nothing: they are not drawn

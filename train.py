@@ -15,9 +15,10 @@ from sar_trainer import SARTrainer
 from student_forcing import STUDENT_FORCING
 from trainer import Trainer
 from utils.checkpoint import find_weights, flexvar_config, load_strictly, load_tokenizer, read_state_dict, write_json
-from utils.config import TrainConfig, parse
+from utils.config import TrainConfig
 from utils.data import check_dataset, open_dataset
 from utils.distributed import Ranks, ranks
+from utils.flags import parse
 from utils.optim import derive_seed
 
 TRAINERS = {"teacher_forcing": Trainer, "csfl": SARTrainer, **STUDENT_FORCING}

@@ -13,9 +13,10 @@ from models.sampling import evaluating
 from models.vqvae import VQVAE, VQVAEConfig
 from trainer import Loop, Metrics
 from utils.checkpoint import write_json
-from utils.config import TokenizerTrainConfig, parse
+from utils.config import TokenizerTrainConfig
 from utils.data import Views, open_dataset
 from utils.distributed import Ranks, ranks
+from utils.flags import parse
 from utils.optim import derive_seed
 from utils.visualize import grid
 

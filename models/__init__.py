@@ -4,13 +4,14 @@ from models.editing import inpaint
 from models.flexvar import FlexVAR, FlexVARConfig
 from models.pipeline import SARPipeline
 from models.released import build_vae_var
-from models.sampling import Guidance, generate, sample_tokens
+from models.sampling import Draw, Guidance, generate, sample_tokens
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule, draw_schedule, shift_up
 from models.vqvae import VQVAE, VQVAEConfig
 
 __all__ = [
     "DEFAULT_SCHEDULE",
     "VQVAE",
+    "Draw",
     "FlexVAR",
     "FlexVARConfig",
     "Guidance",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.flexvar import FlexVAR
-from models.sampling import Edit, Guidance, evaluating, generate
+from models.sampling import Draw, Edit, evaluating, sample_codes
 from models.scales import ScaleSchedule
 from models.vqvae import VQVAE
 
@@ -41,9 +41,7 @@ def inpaint(
     masks: Tensor,
     labels: Tensor,
     schedule: ScaleSchedule,
-    guidance: Guidance,
-    top_k: int,
-    top_p: float,
+    draw: Draw,
     seeds: Sequence[int],
 ) -> Tensor:
     """Repaint the masked region of images as the classes `labels`; every other pixel stays as it is.
@@ -64,7 +62,9 @@ def inpaint(
     device = model.pos_start.device
     images, masks = images.to(device), masks.to(device)
     edit = hold_known(vae, images, masks, schedule)
-    painted = generate(model, vae, labels, schedule, guidance, top_k, top_p, seeds, edit=edit)
+    codes = sample_codes(model, vae.codebook, labels, schedule, draw, seeds, edit)
+    with torch.no_grad(), evaluating(vae):
+        painted = vae.decode(codes[schedule.sides[-1]], schedule.sides[-1])
     return torch.where(masks > 0.5, painted.clamp(-1, 1), images)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import AdaLinear, Attend, Block, CachedAttention, HeadNorm, ScaleCausalAttention
+from models.layers import Attend, Block, CachedAttention, HeadNorm, ScaleCausalAttention
 from models.scales import ScaleSchedule
 
 POSITION_SIDE = 32  # side of the learned position map, resized to each scale
@@ -176,6 +176,3 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
     bad = labels[(labels < 0) | (labels >= num_classes)]
     if len(bad):
         raise ValueError(f"class id {bad[0].item()} is out of range: this model knows 0…{num_classes - 1}")
-
-
-__all__ = ["AdaLinear", "FlexVAR", "FlexVARConfig", "SamplingState", "check_labels", "sinusoids"]

@@ -19,7 +19,7 @@ from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from models.editing import inpaint, place_on_canvas
 from models.flexvar import FlexVAR, FlexVARConfig
-from models.sampling import Edit, Guidance, sample_codes
+from models.sampling import Draw, Edit, Guidance, sample_codes
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 from models.vqvae import VQVAE, VQVAEConfig
 
@@ -121,6 +121,11 @@ class SARPipeline(
     def device(self) -> torch.device:
         return self.model.pos_start.device
 
+    @property
+    def side(self) -> int:
+        """Pixels of an image's side."""
+        return self.schedule.sides[-1] * self.vae.config.factor
+
     def labels(self, classes: Classes, n: int) -> Tensor:
         """Class names or ids (one, or a list) → class ids (classes · n,), n of each in turn."""
         named = [classes] if isinstance(classes, str | int) else list(classes)
@@ -134,26 +139,18 @@ class SARPipeline(
         classes: Classes,
         n: int = 1,
         seed: int = 0,
-        cfg: float = 2.5,
-        guidance: str = "ramp",
-        top_k: int = 900,
-        top_p: float = 0.95,
         schedule: ScaleSchedule | None = None,
         edit: Edit | None = None,
+        **options,
     ) -> dict[int, Tensor]:
-        """Codes {side: (B, s²)} of n images of each class. Image i is drawn from seed + i."""
+        """Codes {side: (B, s²)} of n images of each class. Image i is drawn from seed + i.
+
+        options: cfg 2.5, guidance "ramp", top_k 900, top_p 0.95.
+        """
         labels = self.labels(classes, n)
-        return sample_codes(
-            self.model,
-            self.vae.codebook,
-            labels,
-            schedule or self.schedule,
-            Guidance(guidance, cfg),
-            top_k,
-            top_p,
-            range(seed, seed + len(labels)),
-            edit=edit,
-        )
+        seeds = range(seed, seed + len(labels))
+        schedule = schedule or self.schedule
+        return sample_codes(self.model, self.vae.codebook, labels, schedule, drawing(**options), seeds, edit)
 
     @torch.no_grad()
     def __call__(self, classes: Classes, **options) -> list[Image.Image]:
@@ -167,16 +164,7 @@ class SARPipeline(
         return {s: to_pil(self.vae.decode(codes, s)) for s, codes in self.codes(classes, **options).items()}
 
     def inpaint(
-        self,
-        image: Image.Image,
-        mask: Image.Image,
-        classes: Classes,
-        n: int = 1,
-        seed: int = 0,
-        cfg: float = 2.5,
-        guidance: str = "ramp",
-        top_k: int = 900,
-        top_p: float = 0.95,
+        self, image: Image.Image, mask: Image.Image, classes: Classes, n: int = 1, seed: int = 0, **options
     ) -> list[Image.Image]:
         """Repaint what is white in the mask, as each class, n times. The rest stays as it is.
 
@@ -184,19 +172,21 @@ class SARPipeline(
         """
         if mask.size != image.size:
             raise ValueError(f"the mask is {mask.size}, the image {image.size}: they must have one size")
-        side = self.schedule.sides[-1] * self.vae.config.factor
         labels = self.labels(classes, n)
-        pixels = from_pil(image.convert("RGB"), side).expand(len(labels), -1, -1, -1)
-        masks = (from_pil(mask.convert("L"), side) > 0).float().expand(len(labels), -1, -1, -1)
-        seeds = range(seed, seed + len(labels))
-        guide = Guidance(guidance, cfg)
-        return to_pil(inpaint(self.model, self.vae, pixels, masks, labels, self.schedule, guide, top_k, top_p, seeds))
+        pixels = from_pil(image.convert("RGB"), self.side).expand(len(labels), -1, -1, -1)
+        masks = (from_pil(mask.convert("L"), self.side) > 0).float().expand(len(labels), -1, -1, -1)
+        seeds, draw = range(seed, seed + len(labels)), drawing(**options)
+        return to_pil(inpaint(self.model, self.vae, pixels, masks, labels, self.schedule, draw, seeds))
 
     def outpaint(self, image: Image.Image, share: float, classes: Classes, **options) -> list[Image.Image]:
         """Shrink a picture to `share` of the side and paint around it; the options are those of `inpaint`."""
-        side = self.schedule.sides[-1] * self.vae.config.factor
-        canvas, mask = place_on_canvas(from_pil(image.convert("RGB"), side), share)
+        canvas, mask = place_on_canvas(from_pil(image.convert("RGB"), self.side), share)
         return self.inpaint(to_pil(canvas)[0], to_pil_image(mask[0]), classes, **options)
+
+
+def drawing(cfg: float = 2.5, guidance: str = "ramp", top_k: int = 900, top_p: float = 0.95) -> Draw:
+    """The defaults of a pipeline."""
+    return Draw(Guidance(guidance, cfg), top_k, top_p)
 
 
 def from_pil(image: Image.Image, side: int) -> Tensor:

@@ -58,9 +58,19 @@ class Guidance:
         return [self.weight(i, sides, max_pn) for i in range(len(sides))]
 
 
-def guide(cond: Tensor, uncond: Tensor, weight: float | Tensor) -> Tensor:
-    """(1 + w)·cond − w·uncond."""
-    return (1 + weight) * cond - weight * uncond
+@dataclass(frozen=True)
+class Draw:
+    """How tokens are drawn. Sides above `max_pn` are taken greedily and at the full guidance scale; None: no bound."""
+
+    guidance: Guidance = Guidance()
+    top_k: int = 0
+    top_p: float = 0.0
+    max_pn: int | None = 16
+
+
+def guide(cond: Tensor, uncond: Tensor, weight: float) -> Tensor:
+    """(1 + w)·cond − w·uncond, in fp32: half precision would be coarse against the differences."""
+    return (1 + weight) * cond.float() - weight * uncond.float()
 
 
 def sample_tokens(logits: Tensor, top_k: int, top_p: float, uniforms: Tensor | None = None) -> Tensor:
@@ -126,20 +136,17 @@ def walk(
     codebook_VD: Tensor,
     labels: Tensor,
     schedule: ScaleSchedule,
-    guidance: Guidance,
-    top_k: int,
-    top_p: float,
+    draw: Draw,
     uniforms: Tensor,
-    max_pn: int | None = None,
     edit: Edit | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Sample scale by scale: cached forward → guidance → top-k/top-p → codes → shift up.
 
-    Yields (side, codes (B, s²)) coarse to fine. `edit` may replace the codes of a scale before they are yielded
-    and shifted up. The caller sees to evaluation mode and to `no_grad`.
+    Yields (side, codes (B, s²)) coarse to fine. `edit` may replace the codes of a scale before they are yielded and
+    shifted up. The caller sees to evaluation mode and to `no_grad`, and supplies uniform numbers (B, L).
     """
     sides = schedule.sides
-    weights = guidance.weights(sides, max_pn)
+    weights = draw.guidance.weights(sides, draw.max_pn)
     guided = any(weights)
     if guided:  # conditional half, then unconditional half
         labels = torch.cat([labels, torch.full_like(labels, model.null_class)])
@@ -150,8 +157,8 @@ def walk(
         if guided:
             cond, uncond = logits.chunk(2)
             logits = guide(cond, uncond, weights[i]) if weights[i] else cond
-        greedy = s not in SAMPLED_SIDES or (max_pn is not None and s > max_pn)
-        codes = sample_tokens(logits, 1 if greedy else top_k, top_p, uniforms[:, schedule.span(i)])
+        greedy = s not in SAMPLED_SIDES or (draw.max_pn is not None and s > draw.max_pn)
+        codes = sample_tokens(logits, 1 if greedy else draw.top_k, draw.top_p, uniforms[:, schedule.span(i)])
         if edit is not None:
             codes = edit(s, codes)
         yield s, codes
@@ -167,11 +174,8 @@ def sample_codes(
     codebook_VD: Tensor,
     labels: Tensor,
     schedule: ScaleSchedule,
-    guidance: Guidance,
-    top_k: int,
-    top_p: float,
+    draw: Draw,
     seeds: Sequence[int],
-    max_pn: int | None = 16,
     edit: Edit | None = None,
 ) -> dict[int, Tensor]:
     """`generate` without the decoder: {side: codes (B, s²)}."""
@@ -179,11 +183,9 @@ def sample_codes(
     if len(seeds) != len(labels):
         raise ValueError(f"each image needs a seed of its own: {len(labels)} labels, {len(seeds)} seeds")
     device = model.pos_start.device
-    labels = labels.to(device)
     uniforms = image_uniforms(seeds, schedule.total, device)
     with evaluating(model):
-        scales = walk(model, codebook_VD, labels, schedule, guidance, top_k, top_p, uniforms, max_pn=max_pn, edit=edit)
-        return dict(scales)
+        return dict(walk(model, codebook_VD, labels.to(device), schedule, draw, uniforms, edit))
 
 
 @torch.no_grad()
@@ -204,13 +206,13 @@ def generate(
     Args:
         labels: (B,) class ids.
         schedule: sides to walk, any that the weights make sense of; the last one sets the resolution.
-        guidance, top_k, top_p: see `Guidance` and `sample_tokens`.
-        seeds: one a image; an image depends on its own seed, not on its batch.
-        max_pn: sides above it are taken greedily and at the full guidance scale; None for no such bound.
+        guidance, top_k, top_p, max_pn: see `Guidance`, `sample_tokens` and `Draw`.
+        seeds: one an image; an image depends on its own seed, not on its batch.
         edit: (side, codes (B, s²)) → codes, to hold some of them.
 
     Returns: (B, 3, factor·s_N, factor·s_N), in [-1, 1] but not clamped.
     """
-    codes = sample_codes(model, vae.codebook, labels, schedule, guidance, top_k, top_p, seeds, max_pn=max_pn, edit=edit)
+    draw = Draw(guidance, top_k, top_p, max_pn)
+    codes = sample_codes(model, vae.codebook, labels, schedule, draw, seeds, edit)
     with evaluating(vae):
         return vae.decode(codes[schedule.sides[-1]], schedule.sides[-1])

@@ -1,6 +1,7 @@
 # The body of the eval_*.sh scripts, which set the numbers and source this with the user's flags.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+[ -n "$PYTHON" ] || fail "no Python found: run bash scripts/setup.sh"
 "$PYTHON" -c 'import torch' 2>/dev/null || fail "$PYTHON has no PyTorch: run bash scripts/setup.sh"
 # On a CPU every rank computes with all cores, so that numbers do not depend on ranks: threads must not spin in wait.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}

@@ -11,7 +11,7 @@ fail() {
 
 # $PYTHON if set, else the project's virtual environment, else whatever python3 is active (conda, say).
 if [ -z "${PYTHON:-}" ]; then
-    if [ -x "$ROOT/.venv/bin/python" ]; then PYTHON="$ROOT/.venv/bin/python"; else PYTHON="$(command -v python3)"; fi
+    if [ -x "$ROOT/.venv/bin/python" ]; then PYTHON="$ROOT/.venv/bin/python"; else PYTHON="$(command -v python3 || true)"; fi
 fi
 
 # Processes on this node: $NPROC if set, else one a GPU, else one.

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from models import VQVAE, FlexVAR, FlexVARConfig, ScaleSchedule, VQVAEConfig
 from models.flexvar import sinusoids
 from utils.checkpoint import save_weights
-from utils.config import TrainConfig, parse
+from utils.config import TrainConfig
 from utils.distributed import Ranks
+from utils.flags import parse
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests/data"

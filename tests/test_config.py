@@ -7,7 +7,10 @@ import pytest
 from models.scales import DEFAULT_SCHEDULE
 from tests.conftest import ROOT
 from utils import config as config_module
-from utils.config import RETIRED, TokenizerTrainConfig, TrainConfig, parse, translate
+from utils import config_sampling
+from utils.config import TokenizerTrainConfig, TrainConfig
+from utils.config_sampling import EvalConfig, SampleConfig
+from utils.flags import RETIRED, parse, translate
 
 
 def test_released_names_and_both_spellings():
@@ -110,16 +113,17 @@ def attributes_read(path):
 
 def test_every_field_is_read_by_something():
     sources = [p for p in ROOT.rglob("*.py") if not {"tests", ".venv"} & set(p.relative_to(ROOT).parts)]
-    outside = set().union(*(attributes_read(p) for p in sources if p.name != "config.py"))
-    inside = attributes_read(ROOT / "utils/config.py")
-    by_property = {"pn", "out_dir"}  # reach the run through .scales and .directory
+    outside = set().union(*(attributes_read(p) for p in sources if not p.name.startswith("config")))
+    inside = attributes_read(ROOT / "utils/config.py") | attributes_read(ROOT / "utils/config_sampling.py")
+    by_property = {"pn", "out_dir", "sweep_cfg", "sweep_top_k", "sweep_top_p"}  # .scales, .directory, .settings()
     assert by_property <= inside
     groups = {f.default_factory for c in (TrainConfig, TokenizerTrainConfig) for f in dataclasses.fields(c)}
+    groups |= {SampleConfig, EvalConfig}
     unread = {f.name for g in groups for f in dataclasses.fields(g)} - outside - by_property
     assert not unread
 
 
 def test_configs_are_frozen():
-    for name, thing in vars(config_module).items():
+    for name, thing in (vars(config_module) | vars(config_sampling)).items():
         if dataclasses.is_dataclass(thing) and isinstance(thing, type):
             assert thing.__dataclass_params__.frozen, name

@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models import Guidance
+from models import Draw, Guidance
 from models.editing import hold_known, inpaint, place_on_canvas
 from models.pipeline import SARPipeline
 
@@ -16,7 +16,9 @@ def half(expected):
 
 
 def paint(model, vae, images, masks, labels, schedule, seeds=(0, 1)):
-    return inpaint(model, vae, images, masks, torch.tensor(labels), schedule, Guidance("ramp", 1.5), 20, 0.9, seeds)
+    return inpaint(
+        model, vae, images, masks, torch.tensor(labels), schedule, Draw(Guidance("ramp", 1.5), 20, 0.9), seeds
+    )
 
 
 def test_the_known_region_is_unchanged_and_the_rest_is_painted(vae, model, half, schedule):

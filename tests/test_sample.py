@@ -6,7 +6,8 @@ from PIL import Image, ImageDraw
 
 from models.pipeline import SARPipeline
 from tests.conftest import run
-from utils.config import SampleConfig, parse
+from utils.config_sampling import SampleConfig
+from utils.flags import parse
 from utils.visualize import captioned_grid
 
 

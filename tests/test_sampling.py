@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from models.sampling import Guidance, evaluating, generate, image_uniforms, sample_codes, sample_tokens, walk
+from models.sampling import Draw, Guidance, evaluating, generate, image_uniforms, sample_codes, sample_tokens, walk
 from models.scales import ScaleSchedule, shift_all
 from tests.conftest import worst
 
@@ -18,7 +18,7 @@ CASES = {
 def test_greedy_tokens_and_images_equal_the_released_ones(case, vae, model, expected):
     guidance, sides = CASES[case]
     schedule = ScaleSchedule(sides)
-    codes = sample_codes(model, vae.codebook, expected["labels"], schedule, guidance, 1, 0.0, [0, 1])
+    codes = sample_codes(model, vae.codebook, expected["labels"], schedule, Draw(guidance, 1), [0, 1])
     tokens = torch.cat([codes[s] for s in sides], dim=1)
     assert torch.equal(tokens, expected[f"sample.greedy.{case}.tokens"])
     images = generate(model, vae, expected["labels"], schedule, guidance, 1, 0.0, [0, 1])
@@ -112,7 +112,7 @@ def test_guidance_weights_by_their_definitions():
 def test_cached_logits_equal_the_masked_forward(vae, model, expected):
     schedule = ScaleSchedule((1, 2, 3, 5, 8, 13))  # over 160 tokens: both kinds of attention group
     labels, uniforms = expected["labels"], image_uniforms([3, 4], schedule.total, torch.device("cpu"))
-    scales = walk(model, vae.codebook, labels, schedule, Guidance(), 20, 0.9, uniforms)
+    scales = walk(model, vae.codebook, labels, schedule, Draw(top_k=20, top_p=0.9, max_pn=None), uniforms)
     codes = torch.cat([c for _, c in scales], dim=1)
     inputs = shift_all(codes, vae.codebook, schedule)
     masked = model(labels, inputs, schedule)
@@ -129,10 +129,8 @@ def test_cached_logits_equal_the_masked_forward(vae, model, expected):
 
 def test_an_image_depends_on_its_own_seed_only(vae, model, schedule):
     def draw(labels, seeds):
-        codes = sample_codes(
-            model, vae.codebook, torch.tensor(labels), schedule, Guidance("ramp", 2.0), 50, 0.95, seeds
-        )
-        return codes[4]
+        how = Draw(Guidance("ramp", 2.0), 50, 0.95)
+        return sample_codes(model, vae.codebook, torch.tensor(labels), schedule, how, seeds)[4]
 
     together = draw([1, 2, 3, 1], [10, 11, 12, 13])
     assert torch.equal(draw([3], [12])[0], together[2])
@@ -143,8 +141,8 @@ def test_an_image_depends_on_its_own_seed_only(vae, model, schedule):
 def test_odd_and_large_sides_are_taken_greedily(vae, model):
     schedule, labels = ScaleSchedule((1, 4, 7)), torch.tensor([1])
 
-    def draw(seed, **options):
-        return sample_codes(model, vae.codebook, labels, schedule, Guidance(), 0, 0.0, [seed], **options)
+    def draw(seed, max_pn=16, edit=None):
+        return sample_codes(model, vae.codebook, labels, schedule, Draw(max_pn=max_pn), [seed], edit)
 
     held = {}
 

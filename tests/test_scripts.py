@@ -7,7 +7,9 @@ from PIL import Image
 from models.flexvar import FlexVAR, FlexVARConfig
 from tests.conftest import ROOT, run
 from utils.checkpoint import latest_checkpoint, load_flexvar, load_tokenizer, save_weights
-from utils.config import EvalConfig, TrainConfig, parse
+from utils.config import TrainConfig
+from utils.config_sampling import EvalConfig
+from utils.flags import parse
 
 TRAIN_SCRIPTS = sorted(p.name for p in (ROOT / "scripts").glob("train_*_d*.sh"))
 

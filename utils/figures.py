@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.pipeline import SARPipeline, open_pipeline, to_pil
-from models.sampling import Guidance, evaluating, image_uniforms, walk
+from models.sampling import Draw, evaluating, image_uniforms, walk
 from models.scales import shift_all, shift_up
 from utils.config import DataConfig
 from utils.data import encode_batch, open_dataset
@@ -70,7 +70,7 @@ class HeldOut:
         schedule, codebook = pipeline.schedule, pipeline.vae.codebook
         uniforms = image_uniforms(range(seed, seed + len(self.labels)), schedule.total, self.labels.device)
         with evaluating(pipeline.model):
-            scales = walk(pipeline.model, codebook, self.labels, schedule, Guidance("none"), top_k, 0.0, uniforms)
+            scales = walk(pipeline.model, codebook, self.labels, schedule, Draw(top_k=top_k, max_pn=None), uniforms)
             return torch.cat([codes for _, codes in scales], dim=1)
 
     def pictures(self, tokens: Tensor) -> dict[int, Tensor]:

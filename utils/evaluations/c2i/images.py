@@ -117,20 +117,6 @@ class Resized:
         return images.round().to(torch.uint8)
 
 
-class Subset:
-    """At most n images of a source, evenly spaced."""
-
-    def __init__(self, source: ImageSource, n: int):
-        self.source, self.n = source, min(n, len(source))
-
-    def __len__(self) -> int:
-        return self.n
-
-    def batch(self, indices: range) -> Tensor:
-        picked = [i * len(self.source) // self.n for i in indices]
-        return torch.cat([self.source.batch(range(i, i + 1)) for i in picked])
-
-
 def open_images(path: str | Path, size: int = 0) -> ImageSource:
     """An npz file or a folder of images."""
     path = Path(path)

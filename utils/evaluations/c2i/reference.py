@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from utils.checkpoint import digest
-from utils.config import EvalConfig
+from utils.config_sampling import EvalConfig
 from utils.distributed import Ranks
 from utils.evaluations.c2i.features import Extractor
-from utils.evaluations.c2i.images import ImageSource, Subset, npz_array, open_images
+from utils.evaluations.c2i.images import ImageSource, npz_array, open_images
 from utils.evaluations.c2i.metrics import Statistics
 from utils.evaluations.c2i.store import FeatureStore
 
@@ -97,8 +97,6 @@ def load_reference(
             return Reference(pool, spatial, torch.from_numpy(np.array(npz_array(path, "pool"))))
     source = open_images(path, config.image_size)
     saved = saved_statistics(path) if path.is_file() and extractor.name == "inception" and view is None else None
-    if saved is not None:
-        source = Subset(source, PR_IMAGES)
     source = view(source) if view is not None else source
     side = source.batch(range(1)).shape[-1]
     described = {"images": str(path), "count": len(source), "side": side, "features": extractor.name}

@@ -9,7 +9,7 @@ import torch
 import torchvision
 
 from utils.checkpoint import write_json
-from utils.config import EvalConfig
+from utils.config_sampling import EvalConfig
 from utils.distributed import Ranks
 from utils.evaluations.c2i.features import Extractor
 from utils.evaluations.c2i.metrics import Statistics, frechet_distance, inception_score, precision_recall

@@ -1,0 +1,109 @@
+"""Every flag of sample.py and evaluate.py, as frozen dataclasses."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+from utils.flags import at_least, only_with
+
+
+@dataclass(frozen=True)
+class DrawConfig:
+    """Model and sampling"""
+
+    ckpt: str = "pretrained/SARd16-epo179.pth"
+    """transformer: a weight file, a run's directory, a pipeline's directory, or a Hub repository"""
+    vae_ckpt: str = ""  # tokenizer; empty: the one that CKPT brings along, or pretrained/FlexVAE.pth
+    use_ema: bool = False  # a run's moving average instead of its weights
+    cfg: float = 2.5  # guidance scale
+    guidance: Literal["ramp", "constant", "none"] = "ramp"  # how guidance grows over the scales
+    top_k: int = 900  # top-k; 0: off, 1: greedy
+    top_p: float = 0.95  # top-p; 0: off
+    pn: str = ""  # scales, like 1_2_3_4; empty: those that CKPT brings along, or the default ten
+    seed: int = 0  # of every image (and, in evaluation, of the class order)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
+
+    def __post_init__(self):
+        at_least(self, cfg=0, top_k=0, top_p=0, seed=0)
+
+
+@dataclass(frozen=True)
+class SampleConfig(DrawConfig):
+    """Everything `sample.py` takes."""
+
+    classes: str = "207"  # class names or ids, comma-separated: "golden retriever,88"
+    n: int = 4  # images of each class
+    batch: int = 16  # images at a time; the images do not depend on it
+    out: str = "samples.png"  # the grid of all images
+    captions: bool = True  # class names under the images of the grid
+    files: str = ""  # directory for single files, too
+    steps: str = ""  # the coarse-to-fine steps, too: a .gif, or a strip in a .png
+    image: str = ""  # a picture to edit
+    mask: str = ""  # what to repaint of IMAGE: white in this picture of its size
+    outpaint: float = 0.0  # shrink IMAGE to this share of the side and paint around it
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, n=1, batch=1)
+        if self.image and bool(self.mask) == bool(self.outpaint):
+            raise ValueError("--image needs either --mask or --outpaint")
+        only_with(self, bool(self.image), "--image", ["mask", "outpaint"])
+        only_with(self, not self.image, "sampling from scratch: leave --image out", ["steps"])
+        if self.steps and not self.steps.lower().endswith((".gif", ".png")):
+            raise ValueError(f"--steps must end in .gif or .png, got {self.steps!r}")
+
+
+@dataclass(frozen=True)
+class EvalConfig(DrawConfig):
+    """Everything `evaluate.py` takes."""
+
+    cfg: float = 2.2  # guidance scale
+    num_samples: int = 50  # images of each class
+    num_classes_eval: int = 0  # only the first so many classes; 0: all
+    eval_scale: int = 0  # decode at this side instead of the finest, against real images at that resolution
+    batch: int = 0  # images at a time; 0: 64 on a GPU, 8 on a CPU. Part of what makes images repeatable to the bit
+    sweep_cfg: str = ""  # guidance scales to go through, comma-separated
+    sweep_top_k: str = ""  # top-k to go through
+    sweep_top_p: str = ""  # top-p to go through
+    samples: str = ""  # judge these instead of sampling: an npz with arr_0, or a folder of images
+    expect: int = 0  # refuse SAMPLES that hold fewer images than this
+    reconstruct: str = ""  # judge the tokenizer's reconstructions of this folder or npz: rFID, PSNR, SSIM
+    reference: str = ""
+    """real images: an npz (arr_0, mu, sigma, mu_s, sigma_s), one that --make_reference wrote, or a folder; empty:
+    pretrained/VIRTUAL_imagenet256_labeled.npz for --features inception, fetched when missing; none for others"""
+    reference_sha256: str = ""  # refuse a REFERENCE file with another digest
+    image_size: int = 0  # centre-crop the images of folders to this side; 0: as they are
+    make_reference: str = ""  # write the statistics of SAMPLES to this npz, and stop
+    features: Literal["inception", "efficientnet_lite0"] = "inception"  # only Inception's distance is an FID
+    inception_weights: str = ""  # weights-inception-2015-12-05-6726825d.pth; empty: fetched
+    split_size: int = 5000  # samples of one split of the Inception Score
+    pr_fp16: bool = False  # precision and recall from fp16 distances, as the original evaluator computes them
+    save_npz: bool = False  # the samples as an npz for the guided-diffusion evaluator
+    save_png: bool = False  # the samples as PNG files
+    out_dir: str = "out/eval"  # reports, features, samples; a killed evaluation goes on from here
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, num_samples=1, num_classes_eval=0, eval_scale=0, batch=0, expect=0, image_size=0, split_size=1)
+        modes = [name for name in ("samples", "reconstruct") if getattr(self, name)]
+        if len(modes) > 1:
+            raise ValueError("--samples and --reconstruct exclude each other")
+        only_with(self, bool(self.samples), "--samples", ["expect", "make_reference"])
+        only_with(self, self.features == "inception", "--features inception", ["inception_weights"])
+        sampling = ["num_samples", "num_classes_eval", "cfg", "top_k", "top_p", "use_ema", "sweep_cfg"]
+        sampling += ["sweep_top_k", "sweep_top_p", "eval_scale", "save_npz", "save_png"]
+        only_with(self, not modes, f"sampling: leave --{modes[0] if modes else 'samples'} out", sampling)
+
+    def settings(self) -> list[tuple[float, int, float]]:
+        """(cfg, top_k, top_p) of every point of the sweep, or the one setting."""
+
+        def several(text: str, kind: type, one: float) -> list:
+            try:
+                return [kind(value) for value in text.split(",")] if text else [one]
+            except ValueError:
+                raise ValueError(f"a sweep is written like 1.5,2.0,2.5, got {text!r}") from None
+
+        lists = several(self.sweep_cfg, float, self.cfg), several(self.sweep_top_k, int, self.top_k)
+        return list(itertools.product(*lists, several(self.sweep_top_p, float, self.top_p)))
