@@ -2,7 +2,7 @@
 
     python -m experiments.study_digits          # after the quickstart; a finished run is not run again
 
-Writes the table to docs/study_digits.md and everything else to out/study_digits.
+Writes table.md, study.json and the runs to out/study_digits.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from experiments.quickstart import FLEXVAR, FURTHER, PER_CLASS, Judge, run_stage, sample
 from utils.checkpoint import load_tokenizer, write_json
+from utils.figures import HeldOut, exposure
 from utils.visualize import read_metrics
 
 DRAWN = ["--sf_top_k=0", "--sf_top_p=0"]
@@ -33,11 +34,11 @@ VARIANTS = {
     "SAR sampled, γ 0.1": [SAR, "--rollout=sample", "--csf_weight=0.1", *DRAWN],
     "SAR sampled, γ 1": [SAR, "--rollout=sample", "--csf_weight=1", *DRAWN],
 }
-SEEDS = (0, 1, 2)
 COLUMNS = {
     "class_accuracy": ("class accuracy", 3),
     "frechet_distance": ("Fréchet distance", 2),
-    "held_out_loss": ("held-out loss", 4),
+    "held_out_loss": ("held-out NLL", 4),
+    "exposure_gap": ("exposure gap, nats", 3),
     "seconds_per_step": ("s/step", 2),
 }
 
@@ -48,21 +49,21 @@ def slug(text: str) -> str:
 
 def spread(values: list[float], digits: int) -> str:
     """Mean ± standard deviation over the seeds."""
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--quickstart", type=Path, default=Path("out/quickstart"))
     parser.add_argument("--out", type=Path, default=Path("out/study_digits"))
-    parser.add_argument("--table", type=Path, default=Path("docs/study_digits_table.md"))
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", default="", help="variants whose name contains this")
     args = parser.parse_args()
     start = [f"--vae_ckpt={args.quickstart / 'tokenizer'}", f"--init_ckpt={args.quickstart / 'flexvar'}"]
     variants = {name: flags for name, flags in VARIANTS.items() if args.only in name}
-    jobs = [(name, seed) for seed in SEEDS for name in variants]
+    jobs = [(name, seed) for seed in args.seeds for name in variants]
 
     def train(job: tuple[str, int]) -> Path:
         name, seed = job
@@ -73,26 +74,25 @@ def main() -> None:
         runs = dict(zip(jobs, pool.map(train, jobs), strict=True))
     judge, vae = Judge(), load_tokenizer(args.quickstart / "tokenizer")
     labels = torch.arange(10).repeat_interleave(PER_CLASS)
+
+    def scores(run: Path) -> dict[str, float]:
+        data = HeldOut.of(str(run), argparse.Namespace(vae_ckpt="", pn="", dataset="digits", data_path="", n=497))
+        forced, own = exposure(data, seed=0)
+        gap = (own.mean() - forced.mean()).item()
+        loss = read_metrics(run, "val/loss")[1][-1]
+        return {**judge.score(sample(run, vae, labels), labels.numpy()), "held_out_loss": loss, "exposure_gap": gap}
+
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ["before", *variants]}
-    found["before"].append(judge.score(sample(args.quickstart / "flexvar", vae, labels), labels.numpy()))
-    found["before"][0] |= {"held_out_loss": read_metrics(args.quickstart / "flexvar", "val/loss")[1][-1]}
+    found["before"].append(scores(args.quickstart / "flexvar"))
     for (name, _), run in runs.items():
-        scores = judge.score(sample(run, vae, labels), labels.numpy())
-        rates = read_metrics(run, "train/images_per_second")[1]
-        extra = {
-            "held_out_loss": read_metrics(run, "val/loss")[1][-1],
-            "seconds_per_step": 48 / statistics.median(rates),
-        }
-        found[name].append({**scores, **extra})
+        seconds = 48 / statistics.median(read_metrics(run, "train/images_per_second")[1])
+        found[name].append({**scores(run), "seconds_per_step": seconds})
     write_json(args.out / "study.json", found)
     lines = ["| | " + " | ".join(title for title, _ in COLUMNS.values()) + " |", "|---|" + "---|" * len(COLUMNS)]
     for name, rows in found.items():
         cells = [spread([row[c] for row in rows], d) if c in rows[0] else "" for c, (_, d) in COLUMNS.items()]
-        if name == "before":
-            cells = [f"{rows[0][c]:.{d}f}" if c in rows[0] else "" for c, (_, d) in COLUMNS.items()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    args.table.parent.mkdir(parents=True, exist_ok=True)
-    args.table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (args.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 
