@@ -5,6 +5,7 @@ bash scripts/eval_SAR_d16.sh
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -19,17 +20,17 @@ from torch import Tensor
 
 from models.pipeline import SARPipeline, open_pipeline, to_bytes
 from models.sampling import Draw, Guidance, sample_codes
-from utils.checkpoint import EMA, MODEL, digest, find_weights, load_tokenizer, write_json
+from utils.checkpoint import digest_of, load_tokenizer, write_json
 from utils.config_sampling import EvalConfig
 from utils.distributed import Ranks, ranks
 from utils.evaluations.c2i import psnr, ssim
 from utils.evaluations.c2i.features import Extractor, make_extractor
-from utils.evaluations.c2i.images import ImageSource, Resized, open_images, write_npz
+from utils.evaluations.c2i.images import ImageSource, Resized, fingerprint, open_images, write_npz
 from utils.evaluations.c2i.reference import IMAGENET, Reference, load_reference, save_reference
 from utils.evaluations.c2i.report import score, versions, write_report, write_sweep
 from utils.evaluations.c2i.store import FeatureStore
 from utils.flags import parse
-from utils.optim import Precision, derive_seed
+from utils.optim import Precision, derive_seed, exact_convolutions
 
 
 def label_order(total: int, classes: int, seed: int) -> Tensor:
@@ -83,9 +84,10 @@ class Reconstructed:
     @torch.no_grad()
     def batch(self, indices: range) -> Tensor:
         images = self.source.batch(indices).to(self.device).float() / 127.5 - 1
-        latent = self.vae.encode(images)
-        side = latent.shape[-1]
-        return to_bytes(self.vae.decode(self.vae.codes(latent, side), side))
+        with exact_convolutions():
+            latent = self.vae.encode(images)
+            side = latent.shape[-1]
+            return to_bytes(self.vae.decode(self.vae.codes(latent, side), side))
 
 
 def save_images(config: EvalConfig, directory: Path) -> Callable[[range, Tensor], None] | None:
@@ -118,10 +120,11 @@ def evaluate_samples(
     """Sample at one setting and judge it. Returns the report (on the first rank)."""
     cfg, top_k, top_p = setting
     source = Generated(pipeline, config, cfg, top_k, top_p)
-    weights = find_weights(config.ckpt, EMA if config.use_ema else MODEL) if Path(config.ckpt).exists() else None
     described = {
         "checkpoint": config.ckpt,
-        "checkpoint_sha256": digest(weights) if weights else None,
+        "weights_sha256": digest_of(pipeline.model),
+        "tokenizer_sha256": digest_of(pipeline.vae),
+        "moving_average": config.use_ema,
         "classes": int(source.labels.max()) + 1,
         "images_per_class": config.num_samples,
         "guidance": config.guidance,
@@ -144,19 +147,23 @@ def evaluate_samples(
         return {}
     if config.save_npz:
         write_npz(sorted((directory / "arrays").glob("*.npy")), directory / "samples.npz")
-    speed = {"images_per_second": made / seconds} if made else {}  # with features and decoding; new images only
-    return {**score(store, extractor, reference, config), **speed, "settings": described}
+    speed = made / seconds  # with features and decoding
+    if not made:  # all of it was there: the speed was measured when it was made
+        record = directory / "report.json"
+        speed = json.loads(record.read_text()).get("images_per_second", 0.0) if record.is_file() else 0.0
+    return {**score(store, extractor, reference, config), "images_per_second": speed, "settings": described}
 
 
 def evaluate_reconstructions(config: EvalConfig, extractor: Extractor, me: Ranks, directory: Path) -> dict[str, object]:
     """rFID, PSNR and SSIM of a tokenizer."""
     source = open_images(config.reconstruct, config.image_size)
     chunk = chunk_size(config, me)
-    weights = find_weights(config.vae_ckpt or "pretrained/FlexVAE.pth")
     described = {"images": config.reconstruct, "image_size": config.image_size, "features": extractor.name}
+    described |= {"images_sha256": fingerprint(Path(config.reconstruct))}
     real = FeatureStore(directory / "real", len(source), chunk, described, me)
     real.fill(source, extractor, "real images")
-    described |= {"tokenizer_sha256": digest(weights)}
+    reconstructed = Reconstructed(source, config, me.device)
+    described |= {"tokenizer_sha256": digest_of(reconstructed.vae)}
     made = FeatureStore(directory / "reconstructed", len(source), chunk, described, me)
 
     def compare(indices: range, images: Tensor) -> None:
@@ -164,7 +171,7 @@ def evaluate_reconstructions(config: EvalConfig, extractor: Extractor, me: Ranks
         quality = torch.stack([psnr(original, images), ssim(original, images)])
         np.save(made.directory / f"quality_{indices.start:06d}.npy", quality.numpy())
 
-    made.fill(Reconstructed(source, config, me.device), extractor, "reconstructions", compare)
+    made.fill(reconstructed, extractor, "reconstructions", compare)
     if not me.first:
         return {}
     quality = np.concatenate([np.load(p) for p in sorted(made.directory.glob("quality_*.npy"))], axis=1)
@@ -182,6 +189,7 @@ def evaluate_files(
     if len(source) < config.expect:
         raise ValueError(f"{config.samples} holds {len(source)} images, fewer than --expect {config.expect}")
     described = {"images": config.samples, "image_size": config.image_size, "features": extractor.name}
+    described |= {"images_sha256": fingerprint(Path(config.samples))}
     store = FeatureStore(directory / "features", len(source), chunk_size(config, me), described, me)
     store.fill(source, extractor, "samples")
     if not me.first:
@@ -199,11 +207,12 @@ def chunk_size(config: EvalConfig, me: Ranks) -> int:
 def run(config: EvalConfig, me: Ranks) -> None:
     directory = Path(config.out_dir)
     extractor = make_extractor(config.features, config.inception_weights, me.device)
-    reference_name = config.reference or (str(IMAGENET) if config.features == "inception" else "none")
-    common = {"features": extractor.name, "reference": reference_name, "versions": versions(me)}
+    common = {"features": extractor.name, "versions": versions(me)}
     if config.reconstruct:
         report = {**evaluate_reconstructions(config, extractor, me, directory), **common}
         return write_report(report, directory) if me.first else None
+    default = str(IMAGENET) if config.features == "inception" and not config.make_reference else "none"
+    common["reference"] = config.reference or default
     pipeline, view = None, None
     if not config.samples:
         pipeline = open_pipeline(config.ckpt, config.vae_ckpt, config.pn, config.use_ema).to(me.device)
@@ -233,8 +242,9 @@ def run(config: EvalConfig, me: Ranks) -> None:
 def main() -> None:
     config = parse(EvalConfig, description=__doc__)
     with ranks() as me, me.user_errors():
-        # Convolutions differ in the last digits with the number of threads: the same one, then, however many ranks.
-        torch.set_num_threads(os.cpu_count() or 1)
+        if me.device.type == "cpu":
+            # Convolutions differ in the last digits with the number of threads: the same one, however many ranks.
+            torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
         if me.first:
             write_json(Path(config.out_dir) / "config.json", asdict(config))
         run(config, me)

@@ -17,6 +17,8 @@ from trainer import Metrics, Trainer, scale_losses
 from utils.config import SARConfig
 from utils.data import CodeBatch
 
+DRAWN_AT_ONCE = 128  # tokens of an image: the sampler needs several copies of their logits
+
 
 def rollout_guidance(sar: SARConfig) -> Guidance:
     """The guidance of tokens drawn in training."""
@@ -76,7 +78,9 @@ class SARTrainer(Trainer):
         sar = self.config.sar
         if sar.rollout == "argmax":
             return logits.argmax(-1)
-        return sample_tokens(logits, sar.sf_top_k, sar.sf_top_p, torch.rand(logits.shape[:-1], device=logits.device))
+        uniforms = torch.rand(logits.shape[:-1], device=logits.device)
+        parts = zip(logits.split(DRAWN_AT_ONCE, 1), uniforms.split(DRAWN_AT_ONCE, 1), strict=True)
+        return torch.cat([sample_tokens(x, sar.sf_top_k, sar.sf_top_p, u) for x, u in parts], dim=1)
 
     def student_loss(
         self, rollout: Tensor, targets: Tensor, labels: Tensor, schedule: ScaleSchedule

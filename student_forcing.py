@@ -56,6 +56,7 @@ class StudentForcing(Trainer):
             )  # fmt: skip
             for i in range(last + 1):  # finer scales feed nothing: they are not drawn
                 parts[i] = next(scales)[1]
+        torch.clear_autocast_cache()  # the weights that autocast cast here have no gradient
         return torch.cat(parts, dim=1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import asdict
 
 import torch
@@ -17,7 +18,7 @@ from trainer import Trainer
 from utils.checkpoint import find_weights, flexvar_config, load_strictly, load_tokenizer, read_state_dict, write_json
 from utils.config import TrainConfig
 from utils.data import check_dataset, open_dataset
-from utils.distributed import Ranks, ranks
+from utils.distributed import Ranks, alone, ranks
 from utils.flags import parse
 from utils.optim import derive_seed
 
@@ -32,6 +33,8 @@ def build_model(config: TrainConfig, vae: VQVAE, data_classes: int) -> FlexVAR:
     classes = wanted.num_classes or saved_classes or data_classes
     if data_classes > classes:
         raise ValueError(f"the data has {data_classes} classes, the model only {classes}")
+    if data_classes < classes:
+        warnings.warn(f"the data's {data_classes} classes take the ids 0…{data_classes - 1} of {classes}", stacklevel=2)
     torch.manual_seed(derive_seed("init", config.run.seed))
     model = FlexVAR(
         FlexVARConfig(
@@ -59,31 +62,33 @@ def check(config: TrainConfig) -> None:
 
 def class_names(folders: list[str], num_classes: int) -> list[str]:
     """Names for the samples' captions: the data's, or ImageNet's when the folders are its synsets."""
-    if num_classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in folders):
+    if len(folders) == num_classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in folders):
         return default_names(num_classes)
     return folders + [str(i) for i in range(len(folders), num_classes)]
 
 
 def build(config: TrainConfig, me: Ranks) -> Trainer:
-    """Tokenizer, data, model and trainer."""
+    """Tokenizer, data, model and trainer, at the run's newest checkpoint if it has one."""
     vae = load_tokenizer(config.model.vae_ckpt)
     size = config.model.scales.sides[-1] * vae.config.factor
     train_set, val_set = (open_dataset(config.data, size, config.run.seed, split) for split in ("train", "val"))
     model = build_model(config, vae, len(train_set.classes))
-    return TRAINERS[config.sar.training_mode](config, model, vae, train_set, val_set, me)
+    trainer = TRAINERS[config.sar.training_mode](config, model, vae, train_set, val_set, me)
+    trainer.resume()
+    return trainer
 
 
 def main() -> None:
     config = parse(TrainConfig, description=__doc__)
+    if config.run.check:
+        with alone().user_errors():
+            check(config)
+        return
     with ranks() as me:
-        if config.run.check:
-            with me.user_errors():
-                check(config)
-            return
         with me.user_errors():
             trainer = build(config, me)
+        names = class_names(trainer.train_set.classes, trainer.model.config.num_classes)
         if me.first:
-            names = class_names(trainer.train_set.classes, trainer.model.config.num_classes)
             write_json(config.run.directory / "config.json", {**asdict(config), "class_names": names})
         trainer.fit()
 

@@ -112,7 +112,7 @@ def resize_to(images: Tensor, side: int) -> Tensor:
 
 
 def build(config: TokenizerTrainConfig, me: Ranks) -> TokenizerTrainer:
-    """Data, tokenizer and trainer."""
+    """Data, tokenizer and trainer, at the run's newest checkpoint if it has one."""
     wanted = config.model
     torch.manual_seed(derive_seed("init", config.run.seed))
     vae = VQVAE(
@@ -132,7 +132,9 @@ def build(config: TokenizerTrainConfig, me: Ranks) -> TokenizerTrainer:
         )
     size, seed = wanted.image_size, config.run.seed
     train_set, val_set = (open_dataset(config.data, size, seed, split) for split in ("train", "val"))
-    return TokenizerTrainer(config, vae, train_set, val_set, me)
+    trainer = TokenizerTrainer(config, vae, train_set, val_set, me)
+    trainer.resume()
+    return trainer
 
 
 def main() -> None:

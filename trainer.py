@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from models.flexvar import FlexVAR
@@ -27,7 +26,7 @@ from utils.config import TokenizerTrainConfig, TrainConfig
 from utils.data import CodeBatch, StepSampler, Views, accumulation, encode_batch, make_loader
 from utils.distributed import Ranks, data_parallel
 from utils.log import Meter, Progress, make_logger
-from utils.optim import Precision, derive_seed, learning_rate, make_optimizer, update
+from utils.optim import MovingAverage, Precision, derive_seed, learning_rate, make_optimizer, update
 from utils.visualize import grid, save_picture, spread_labels, square
 
 Metrics = dict[str, Tensor]
@@ -68,7 +67,7 @@ class Loop(ABC):
         self.network = (forward or model).to(ranks.device)
         if ranks.world > 1:
             self.network = data_parallel(self.network)
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema)) if optim.ema else None
+        self.ema = MovingAverage(self.model, optim.ema) if optim.ema else None
         self.optimizer = make_optimizer(model, optim)
         self.precision = Precision(optim.precision, ranks.device)
         self.micro_batch = optim.micro_batch or optim.bs // ranks.world
@@ -102,8 +101,7 @@ class Loop(ABC):
     # ------------------------------------------------------------------------------------------ the loop
 
     def fit(self) -> None:
-        """Train to the end, from the run's newest checkpoint if it has one."""
-        self.resume()
+        """Train to the end, from where `resume` left off."""
         run, watch = self.config.run, self.config.watch
         log = make_logger(self.config.log, self.ranks, self.directory, run.exp_name, asdict(self.config), self.step)
         progress = Progress(run.exp_name, self.stop_step, self.step, self.ranks)
@@ -120,8 +118,7 @@ class Loop(ABC):
                     values["lr"] = self.optimizer.param_groups[0]["lr"]
                     log.scalars({f"train/{name}": value for name, value in values.items()}, self.step)
                     progress.show({name: values[name] for name in ("loss", "images_per_second", "lr")})
-                    if not math.isfinite(values["loss"]):
-                        raise FloatingPointError(f"the loss is {values['loss']} at step {self.step}")
+                    self.check_finite(values)
                 if self.due(watch.eval_every) and self.held_out_images:
                     values = self.held_out()
                     log.scalars({f"val/{name}": value for name, value in values.items()}, self.step)
@@ -131,10 +128,18 @@ class Loop(ABC):
                     save_picture(picture, self.directory / f"samples/step_{self.step:07d}.png")
                     log.image("samples", picture, self.step)
                 if self.due(run.save_every_steps or self.epoch_steps):
+                    if self.meter.sums:  # steps since the last log line: nothing unchecked is saved
+                        self.check_finite(self.meter.peek(self.ranks))
                     self.save()
         finally:
             progress.close()
             log.close()
+
+    def check_finite(self, values: dict[str, float]) -> None:
+        """Stop at a loss or gradient that is not finite. (In fp16 a gradient may overflow: the scaler sees to it.)"""
+        for name in ("loss",) if self.precision.name == "fp16" else ("loss", "gradient_norm"):
+            if not math.isfinite(values[name]):
+                raise FloatingPointError(f"the {name} is {values[name]} at step {self.step}")
 
     def loader(self) -> DataLoader:
         """The micro-batches of this rank from the current step to the last."""
@@ -170,7 +175,7 @@ class Loop(ABC):
             group["lr"] = learning_rate(self.step, self.total_steps, optim)
         norm = update(self.model, self.optimizer, self.precision, optim.tclip)
         if self.ema is not None:
-            self.ema.update_parameters(self.model)
+            self.ema.update(self.model)
         self.meter.add({"gradient_norm": norm})
         self.step += 1
 
@@ -214,19 +219,26 @@ class Loop(ABC):
     def resume(self) -> None:
         """Go on from the newest checkpoint of this run's directory."""
         newest = latest_checkpoint(self.directory)
+        found = torch.tensor(float(newest.name.removeprefix("step_")) if newest else 0.0, device=self.ranks.device)
+        if self.ranks.mean(found) != found:
+            raise ValueError(
+                f"the ranks see different checkpoints in {self.directory}: it must be one shared directory"
+            )
         if newest is None:
             return
         state = load_checkpoint(newest, self.model, self.averaged)
-        if self.ema is not None:
-            self.ema.n_averaged.fill_(state.step)
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state.optimizer)
-        self.precision.scaler.load_state_dict(state.scaler)
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay  # what the command says, not what the checkpoint says
+        if state.scaler:  # empty unless the run was in fp16
+            self.precision.scaler.load_state_dict(state.scaler)
         self.step = state.step
 
     @property
     def averaged(self) -> nn.Module | None:
         """The model with the moving average of the weights."""
-        return self.ema.module if self.ema is not None else None
+        return self.ema.model if self.ema is not None else None
 
 
 class Trainer(Loop):
@@ -277,11 +289,9 @@ class Trainer(Loop):
     def held_out_losses(self, images: Tensor, labels: Tensor) -> Metrics:
         """Teacher-forced loss on the schedule --pn."""
         schedule = self.config.model.scales
-        tokens = encode_batch(self.vae, images, labels, schedule, self.config.model.supervision).tokens(schedule)
+        batch = encode_batch(self.vae, images, labels, schedule, self.config.model.supervision)
         with self.precision.autocast():
-            logits = self.model(labels, shift_all(tokens, self.codebook, schedule), schedule)
-            loss, metrics = scale_losses(logits, tokens, schedule)
-        return {"loss": loss, **metrics}
+            return self.teacher_pass(batch, schedule).metrics
 
     def picture(self) -> Tensor:
         """Samples of fixed seeds and classes (3, H, W) in [0, 1]."""
@@ -294,7 +304,7 @@ class Trainer(Loop):
                 self.vae,
                 spread_labels(n, model.config.num_classes),
                 self.config.model.scales,
-                Guidance("ramp", watch.vis_cfg_scale),
+                Guidance("ramp", self.config.run.vis_cfg_scale),
                 top_k=900,
                 top_p=0.95,
                 seeds=range(n),

@@ -23,7 +23,7 @@ def hold_known(vae: VQVAE, images: Tensor, masks: Tensor, schedule: ScaleSchedul
     A cell is repainted when more of it than a bound is masked. The bound falls from a half at the coarsest scale,
     whose few cells would else all be lost to a small mask, to nothing at the finest.
     """
-    with torch.no_grad(), evaluating(vae):
+    with torch.no_grad(), evaluating(vae), torch.autocast(images.device.type, enabled=False):
         latent = vae.encode(images)
         known = {s: vae.codes(latent, s) for s in schedule.sides}
     finest = schedule.sides[-1]

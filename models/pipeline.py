@@ -203,17 +203,25 @@ def open_pipeline(ckpt: str, vae_ckpt: str = "", pn: str = "", use_ema: bool = F
     """
     from utils.checkpoint import EMA, find_weights  # here, since that module builds these models too
 
-    path = Path(ckpt)
-    described = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
-    named = ScaleSchedule.parse(pn) if pn else None
-    if "transformer" in described or (not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", ckpt) and not path.suffix):
-        if vae_ckpt:
-            raise ValueError(f"{ckpt} brings its own tokenizer: leave --vae_ckpt out")
-        if use_ema:
-            raise ValueError(f"{ckpt} holds no moving average: leave --use_ema out")
-        pipeline = SARPipeline.from_pretrained(ckpt)
+    path, named = Path(ckpt), ScaleSchedule.parse(pn) if pn else None
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", ckpt) and not path.parent.exists():
+        described = {"transformer": "on the Hub"}
+    else:
+        # A run's description stands beside checkpoints/step_N of a checkpoint, and of a weight file in it.
+        places = [path, *list(path.absolute().parents)[:3]]
+        records = [p / "config.json" for p in places if (p / "config.json").is_file()]
+        described = json.loads(records[0].read_text()) if records else {}
+    if "transformer" in described:
+        if vae_ckpt or use_ema:
+            raise ValueError(f"{ckpt} is a pipeline: it has its own tokenizer and no moving average")
+        try:
+            pipeline = SARPipeline.from_pretrained(ckpt)
+        except (OSError, RuntimeError) as error:  # the Hub's errors are OSErrors
+            raise ValueError(f"{ckpt} is no pipeline on disk, nor one to be had from the Hub: {error}") from None
         pipeline.schedule = named or pipeline.schedule
         return pipeline
+    if use_ema and not path.is_dir():
+        raise ValueError(f"--use_ema takes the moving average of a run's directory, and {ckpt} is a file")
     run = described.get("model", {})
     schedule = named or (ScaleSchedule.parse(run["pn"]) if "pn" in run else DEFAULT_SCHEDULE)
     vae = vae_ckpt or run.get("vae_ckpt") or "pretrained/FlexVAE.pth"

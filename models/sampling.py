@@ -60,7 +60,8 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Draw:
-    """How tokens are drawn. Sides above `max_pn` are taken greedily and at the full guidance scale; None: no bound."""
+    """How tokens are drawn. Sides above `max_pn`, or that released models were not tuned to sample at, are taken
+    greedily, and those above `max_pn` at the full guidance scale; with None every side is drawn alike."""
 
     guidance: Guidance = Guidance()
     top_k: int = 0
@@ -109,7 +110,8 @@ def sample_tokens(logits: Tensor, top_k: int, top_p: float, uniforms: Tensor | N
     # float64: a parallel float32 sum is not quite monotone, and could land on a token that was cut.
     cumulative = weights.double().cumsum(-1)
     target = (1 - uniforms.double().unsqueeze(-1)) * cumulative[..., -1:]  # in (0, total]
-    return torch.searchsorted(cumulative, target).squeeze(-1)
+    # Past the end only when a logit is not a number: a token all the same, so that the loss can tell.
+    return torch.searchsorted(cumulative, target).squeeze(-1).clamp_(max=vocabulary - 1)
 
 
 def image_uniforms(seeds: Sequence[int], total: int, device: torch.device) -> Tensor:
@@ -157,7 +159,7 @@ def walk(
         if guided:
             cond, uncond = logits.chunk(2)
             logits = guide(cond, uncond, weights[i]) if weights[i] else cond
-        greedy = s not in SAMPLED_SIDES or (draw.max_pn is not None and s > draw.max_pn)
+        greedy = draw.max_pn is not None and (s not in SAMPLED_SIDES or s > draw.max_pn)
         codes = sample_tokens(logits, 1 if greedy else draw.top_k, draw.top_p, uniforms[:, schedule.span(i)])
         if edit is not None:
             codes = edit(s, codes)

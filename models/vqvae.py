@@ -172,10 +172,10 @@ class Quantizer(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """Normalised vectors (…, D) → index of the nearest row (…,) by squared distance, the first on a tie."""
-        rows = self.rows()
-        flat = z.flatten(0, -2)
-        distance = flat.square().sum(1, keepdim=True) + rows.square().sum(1) - 2 * flat @ rows.T
-        return distance.argmin(dim=1).view(z.shape[:-1])
+        with torch.autocast(z.device.type, enabled=False):  # half precision would choose other rows
+            rows, flat = self.rows().float(), z.flatten(0, -2).float()
+            distance = flat.square().sum(1, keepdim=True) + rows.square().sum(1) - 2 * flat @ rows.T
+            return distance.argmin(dim=1).view(z.shape[:-1])
 
 
 class VQVAE(nn.Module):

@@ -49,7 +49,10 @@ def offer(path: str | Path) -> None:
     if path.name in FILES and path.parent.resolve() == HERE and not path.exists() and sys.stdin.isatty():
         answer = input(f"{path} is missing. Download it from https://huggingface.co/{FILES[path.name]}? [y/N] ")
         if answer.strip().lower() in ("y", "yes"):
-            download(path.name)
+            try:
+                download(path.name)
+            except ConnectionError as error:
+                raise ValueError(str(error)) from None
 
 
 def main() -> None:

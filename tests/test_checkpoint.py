@@ -117,9 +117,6 @@ def test_files_that_are_something_else_are_named_and_run_nothing(load, model, va
 def test_no_entry_point_executes_a_pickle(flags, small_vae_file, tmp_path):
     mark = tmp_path / "executed"
     torch.save({"model": Bomb(mark)}, bomb := tmp_path / "bomb.pth")
-    torch.save({"step": 1, "optimizer": Bomb(mark), "scaler": {}}, state := tmp_path / "state.pt")
-    run_dir = tmp_path / "run/checkpoints/step_0000001"
-    run_dir.mkdir(parents=True)
     entries = [
         lambda: build_vae_var(vae_ckpt=bomb),
         lambda: SARPipeline.from_files(bomb, bomb),
@@ -131,8 +128,10 @@ def test_no_entry_point_executes_a_pickle(flags, small_vae_file, tmp_path):
         with pytest.raises(ValueError, match=r"bomb\.pth"):
             entry()
     trainer = build(config_of(flags), ALONE)
+    run_dir = tmp_path / "run/checkpoints/step_0000001"
+    run_dir.mkdir(parents=True)
     save_weights(trainer.model, run_dir / "model.safetensors")
-    state.rename(run_dir / "state.pt")
+    torch.save({"step": 1, "optimizer": Bomb(mark), "scaler": {}}, run_dir / "state.pt")
     with pytest.raises(ValueError, match=r"state\.pt"):
         trainer.resume()
     assert not mark.exists()

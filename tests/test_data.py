@@ -110,6 +110,22 @@ def test_a_folder_without_images_is_named(tmp_path):
         open_dataset(DataConfig(data_path=str(tmp_path)), 32, 0, "train")
 
 
+def test_damaged_images_and_other_classes_are_named(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64), "red").save(tmp_path / "train" / name / "x.jpg", quality=95)
+    path = tmp_path / "train/b/x.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+    config = DataConfig(data_path=str(tmp_path))
+    train = open_dataset(config, 32, 0, "train")
+    with pytest.raises(ValueError, match=r"cannot read the image .*b/x\.jpg"):
+        train[0, 1]
+    (tmp_path / "val/b").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "val/b/x.png")
+    with pytest.raises(ValueError, match=r"the classes in .*val are not those in .*train"):
+        open_dataset(config, 32, 0, "val")
+
+
 def test_digits():
     assert len(digits(True)) == 1300
     assert len(digits(False)) == 497

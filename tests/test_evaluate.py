@@ -73,7 +73,7 @@ def test_report_has_the_numbers_and_how_they_came_about(alone):
     assert report["samples"] == 20
     assert report["images_per_second"] > 0
     assert report["settings"]["cfg"] == 2.2
-    assert len(report["settings"]["checkpoint_sha256"]) == 64
+    assert len(report["settings"]["weights_sha256"]) == len(report["settings"]["tokenizer_sha256"]) == 64
     assert report["versions"]["torch"] == torch.__version__
     text = (alone / "report.md").read_text()
     assert "none of these is an FID" in text
@@ -156,6 +156,17 @@ def test_tokenizer_report(vae, real, tmp_path):
     assert 3 < report["psnr"] < 30
     assert -1 < report["ssim"] < 1
     assert report[f"frechet_distance_{NAME}"] > 0
+
+
+def test_other_samples_under_the_same_name_are_not_taken_for_the_old_ones(real, tmp_path):
+    rng = np.random.default_rng(1)
+    judge = ["evaluate.py", f"--features={NAME}", "--samples", tmp_path / "s.npz", "--reference", real]
+    np.savez(tmp_path / "s.npz", arr_0=rng.integers(0, 255, (6, 16, 16, 3), dtype=np.uint8))
+    run(sys.executable, *judge, "--out_dir", tmp_path / "o")
+    np.savez(tmp_path / "s.npz", arr_0=rng.integers(0, 255, (6, 16, 16, 3), dtype=np.uint8))
+    done = run(sys.executable, *judge, "--out_dir", tmp_path / "o", check=False)
+    assert done.returncode == 1
+    assert "other settings (images_sha256)" in done.stderr
 
 
 def bad_files(folder):

@@ -24,6 +24,8 @@ def test_lines_after_a_resume_are_neither_lost_nor_doubled(tmp_path):
     for step in (1, 2, 3):
         first.scalars({"x": step}, step)
     first.close()
+    with path.open("a") as file:
+        file.write('{"step": 3, "x"')  # killed in the middle of a line
     second = JsonLines(path, 2)  # the checkpoint was of step 2
     second.scalars({"x": 30}, 3)
     second.close()

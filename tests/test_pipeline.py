@@ -71,7 +71,7 @@ def test_saved_and_loaded_from_a_directory(pipeline, tmp_path):
     assert not again.training
     assert same(again("animal c", seed=1), pipeline("animal c", seed=1))
     assert same(open_pipeline(str(tmp_path / "p"))("animal c", seed=1), pipeline("animal c", seed=1))
-    with pytest.raises(ValueError, match="brings its own tokenizer"):
+    with pytest.raises(ValueError, match="has its own tokenizer"):
         open_pipeline(str(tmp_path / "p"), vae_ckpt="other.pth")
 
 
@@ -121,6 +121,28 @@ def test_a_run_brings_its_tokenizer_scales_and_names(vae, model, tmp_path):
     assert opened.schedule.sides == (1, 2, 4)
     assert opened.class_names == NAMES
     assert open_pipeline(str(tmp_path / "run"), pn="1_3").schedule.sides == (1, 3)
+
+
+def test_a_checkpoint_and_its_files_bring_the_runs_description_too(vae, model, tmp_path):
+    save_weights(vae, tmp_path / "vae.safetensors")
+    step = tmp_path / "run/checkpoints/step_0000003"
+    step.mkdir(parents=True)
+    save_weights(model, step / "model.safetensors")
+    described = {"model": {"vae_ckpt": str(tmp_path / "vae.safetensors"), "pn": "1_2_4"}, "class_names": NAMES}
+    (tmp_path / "run/config.json").write_text(json.dumps(described))
+    for ckpt in (tmp_path / "run", step, step / "model.safetensors"):
+        assert open_pipeline(str(ckpt)).schedule.sides == (1, 2, 4)
+    with pytest.raises(ValueError, match=r"--use_ema takes .* a file"):
+        open_pipeline(str(step / "model.safetensors"), use_ema=True)
+    with pytest.raises(ValueError, match="no weight file"):
+        open_pipeline(str(tmp_path / "typo"))
+
+
+def test_a_name_that_is_nowhere_is_one_error(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"someone/sar-v1\.0 is no pipeline"):
+        open_pipeline("someone/sar-v1.0")
 
 
 def test_bytes_are_rounded_and_clamped():

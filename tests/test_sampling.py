@@ -158,6 +158,17 @@ def test_odd_and_large_sides_are_taken_greedily(vae, model):
     assert torch.equal(draw(5, max_pn=3, edit=lambda s, c: held.get(s, c))[4], first[4])
 
 
+def test_without_a_bound_every_side_is_drawn(vae, model):
+    schedule, labels = ScaleSchedule((1, 7)), torch.tensor([1])
+    draws = [sample_codes(model, vae.codebook, labels, schedule, Draw(max_pn=None), [seed])[7] for seed in (0, 1)]
+    assert (draws[0] != draws[1]).float().mean() > 0.3
+
+
+def test_logits_that_are_not_numbers_give_tokens_all_the_same():
+    tokens = sample_tokens(torch.full((3, 7), torch.nan), 5, 0.9, torch.rand(3))
+    assert ((tokens >= 0) & (tokens < 7)).all()
+
+
 def test_modes_come_back_even_after_an_exception(vae, model, schedule):
     model.train()
 

@@ -129,6 +129,38 @@ def test_resume_is_exact(flags, tmp_path):
     build(config_of(pieces), ALONE).fit()  # a finished run starts, finds nothing to do, and ends
 
 
+def test_what_is_not_finite_is_never_saved(flags, tmp_path):
+    trainer = build(config_of(flags, TF, "--max_steps=9", "--log_every=100", "--save_every_steps=2"), ALONE)
+    step = trainer.train_step
+
+    def spoil(batches):
+        step(batches)
+        if trainer.step == 5:
+            trainer.model.head.weight.data[0] = torch.nan
+
+    trainer.train_step = spoil
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 6"):
+        trainer.fit()
+    assert latest_checkpoint(tmp_path / "run").name == "step_0000004"
+
+
+def test_resume_takes_the_commands_weight_decay(flags, tmp_path):
+    build(config_of(flags, TF, "--max_steps=1"), ALONE).fit()
+    again = build(config_of(flags, TF, "--twd=0.3"), ALONE)
+    assert again.step == 1
+    assert [group["weight_decay"] for group in again.optimizer.param_groups] == [0.3, 0]
+
+
+def test_moving_average_by_its_definition(flags):
+    trainer = build(config_of(flags, TF, "--ema=0.75"), ALONE)
+    before = trainer.model.head.bias.detach().clone()
+    with torch.no_grad():
+        trainer.model.head.bias += 1
+    trainer.ema.update(trainer.model)
+    assert torch.allclose(trainer.averaged.head.bias, before + 0.25)
+    assert not any(p.requires_grad for p in trainer.averaged.parameters())
+
+
 def test_initial_weights_come_from_the_checkpoint(flags, tmp_path):
     build(config_of(flags, TF), ALONE).fit()
     again = config_of(flags, f"--init_ckpt={tmp_path / 'run'}", f"--out_dir={tmp_path / 'next'}")

@@ -34,6 +34,12 @@ def test_nearest_row_by_the_obvious_loop():
     assert torch.allclose(quantizer.rows().norm(dim=-1), torch.ones(50))
 
 
+def test_autocast_does_not_change_codes(vae, expected):
+    latent = vae.encode(expected["images"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vae.codes(latent, 4), expected["vae.codes"][:, 14:])
+
+
 def test_wrong_image_side_is_named(vae):
     with pytest.raises(ValueError, match="multiples of 16"):
         vae.encode(torch.zeros(1, 3, 60, 64))

@@ -54,12 +54,12 @@ def read_state_dict(path: str | Path) -> StateDict:
     return read_plain(path) if path.suffix == ".safetensors" else unwrap(read_plain(path), path)
 
 
-def read_plain(path: Path) -> dict:
+def read_plain(path: Path, mmap: bool = False) -> dict:
     """What a `.safetensors`, `.pth` or `.pt` file holds, without executing anything in it."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is missing, damaged or not a file of plain tensors: {reason}") from None
@@ -212,13 +212,22 @@ def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module | None) -> RunS
     load_strictly(model, read_plain(path / MODEL), path)
     if ema is not None:
         load_strictly(ema, read_plain(path / EMA), path)
-    return RunState(**read_plain(path / STATE))
+    return RunState(**read_plain(path / STATE, mmap=True))  # mapped: every rank reads it
 
 
 def digest(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(module: nn.Module) -> str:
+    """SHA-256 over a model's tensors, in the order of their names: equal in every container of the same weights."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().numpy().data)
+    return total.hexdigest()
 
 
 def write_json(path: Path, content: object) -> None:

@@ -143,7 +143,6 @@ class RunConfig:
     seed: int = 0  # seed of everything random
     save_every_steps: int = 0  # steps between checkpoints; 0: at the end of each epoch. The last step always saves
     keep: int = 2  # newest checkpoints that stay
-    check: bool = False  # check the flags and the files they name, then stop
 
     def __post_init__(self):
         at_least(self, seed=0, save_every_steps=0, keep=1)
@@ -159,13 +158,28 @@ class WatchConfig:
 
     vis_every: int = 0  # steps between sample grids of fixed seeds; 0: only at the end
     vis_num_samples: int = 16  # images in a grid; 0: no grids
-    vis_cfg_scale: float = 2.5  # ramp guidance of the grids
     vis_ema: bool = False  # draw the grids with the moving average
     eval_every: int = 0  # steps between held-out losses, when there is a val/; 0: only at the end
     eval_images: int = 1000  # held-out images; 0: no held-out loss
 
     def __post_init__(self):
-        at_least(self, vis_every=0, vis_num_samples=0, vis_cfg_scale=0, eval_every=0, eval_images=0)
+        at_least(self, vis_every=0, vis_num_samples=0, eval_every=0, eval_images=0)
+
+
+def check_watch(config: TrainConfig | TokenizerTrainConfig) -> None:
+    only_with(config.watch, config.optim.ema > 0, "--ema", ["vis_ema"])
+
+
+@dataclass(frozen=True)
+class TrainRunConfig(RunConfig):
+    """Run of `train.py`"""
+
+    vis_cfg_scale: float = 2.5  # ramp guidance of the sample grids
+    check: bool = False  # check the flags and the files they name, then stop
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, vis_cfg_scale=0)
 
 
 @dataclass(frozen=True)
@@ -176,12 +190,12 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sar: SARConfig = field(default_factory=SARConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    run: TrainRunConfig = field(default_factory=TrainRunConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
-        only_with(self.watch, self.optim.ema > 0, "--ema", ["vis_ema"])
+        check_watch(self)
 
 
 @dataclass(frozen=True)
@@ -232,3 +246,6 @@ class TokenizerTrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self):
+        check_watch(self)

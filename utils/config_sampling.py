@@ -51,6 +51,8 @@ class SampleConfig(DrawConfig):
             raise ValueError("--image needs either --mask or --outpaint")
         only_with(self, bool(self.image), "--image", ["mask", "outpaint"])
         only_with(self, not self.image, "sampling from scratch: leave --image out", ["steps"])
+        if not self.out.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
+            raise ValueError(f"--out must be a .png, .jpg or .webp file, got {self.out!r}")
         if self.steps and not self.steps.lower().endswith((".gif", ".png")):
             raise ValueError(f"--steps must end in .gif or .png, got {self.steps!r}")
 

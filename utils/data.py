@@ -25,6 +25,7 @@ from models.scales import ScaleSchedule
 from models.vqvae import VQVAE
 from utils.config import DataConfig
 from utils.distributed import Ranks
+from utils.optim import exact_convolutions
 
 Key = tuple[int, int]  # epoch, index
 View = Callable[[Image.Image, int, random.Random | None], Image.Image]  # size; no rng: the evaluation view
@@ -51,12 +52,13 @@ def encode_batch(
     A scale's codes come from the image's latent, resized by area to the scale ("latent"), or from the latent of the
     image resized to the scale's resolution ("image").
     """
-    if supervision == "latent":
-        latent = vae.encode(images)
-        return CodeBatch(labels, {s: vae.codes(latent, s) for s in schedule.sides})
-    factor = vae.config.factor
-    small = {s: F.interpolate(images, (factor * s, factor * s), mode="area") for s in schedule.sides}
-    return CodeBatch(labels, {s: vae.codes(vae.encode(image), s) for s, image in small.items()})
+    with exact_convolutions():
+        if supervision == "latent":
+            latent = vae.encode(images)
+            return CodeBatch(labels, {s: vae.codes(latent, s) for s in schedule.sides})
+        factor = vae.config.factor
+        small = {s: F.interpolate(images, (factor * s, factor * s), mode="area") for s in schedule.sides}
+        return CodeBatch(labels, {s: vae.codes(vae.encode(image), s) for s, image in small.items()})
 
 
 # ---------------------------------------------------------------------------------------------------- views
@@ -132,6 +134,15 @@ def digits(train: bool) -> list[tuple[Image.Image, int]]:
     return [(Image.fromarray(p), int(label)) for p, label in zip(pictures, labels, strict=True)]
 
 
+def read_image(path: str) -> Image.Image:
+    """An RGB picture; a file that is damaged is named."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from None
+
+
 def check_dataset(config: DataConfig) -> None:
     """Whether the training data lie where the flags say."""
     if config.dataset == "digits":
@@ -159,9 +170,12 @@ def open_dataset(config: DataConfig, size: int, seed: int, split: str) -> Views 
     if not training and not folder.is_dir():
         return None
     try:
-        source = tv_datasets.ImageFolder(str(folder))
+        source = tv_datasets.ImageFolder(str(folder), loader=read_image)
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: {error}") from None
+    trained = {p.name for p in (folder.parent / "train").iterdir() if p.is_dir()}
+    if set(source.classes) != trained:
+        raise ValueError(f"the classes in {folder} are not those in {folder.parent / 'train'}")
     return Views(source, source.classes, adm_crop, size, seed, training)
 
 

@@ -42,12 +42,12 @@ class Ranks:
 
     @contextmanager
     def user_errors(self) -> Iterator[None]:
-        """A ValueError inside is something a user can mend: one line from the first rank, no traceback."""
+        """A ValueError inside is something a user can mend: one line, no traceback."""
         try:
             yield
         except ValueError as error:
-            if self.first:
-                print(f"error: {error}", file=sys.stderr)
+            where = "" if self.first else f" (rank {self.rank})"
+            print(f"error{where}: {error}", file=sys.stderr)
             raise SystemExit(1) from None
 
     def wait(self) -> None:
@@ -64,6 +64,11 @@ def data_parallel(module: nn.Module) -> DistributedDataParallel:
     # 1×1 convolutions report their gradients' strides differently from DDP's buckets; nothing is slower for it.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(module, **{name: False})
+
+
+def alone() -> Ranks:
+    """One process, on its GPU or CPU, whatever the environment says of others."""
+    return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @contextmanager

@@ -80,6 +80,12 @@ class HeldOut:
             return {s: vae.decode(c, s) for s, c in zip(schedule.sides, schedule.split(tokens), strict=True)}
 
 
+def distinct(paths: list[str], parent: bool = False) -> dict[str, str]:
+    """Paths by their last name (or their folder's), or in full where those are not distinct."""
+    names = [Path(p).parent.name if parent else Path(p).name for p in paths]
+    return dict(zip(names if len(set(names)) == len(names) else paths, paths, strict=True))
+
+
 def rows_of_scales(rows: dict[str, dict[int, Tensor]]) -> Image.Image:
     """A row a name (and image), a column a scale."""
     captions = [name for name, scales in rows.items() for _ in next(iter(scales.values()))]
@@ -90,7 +96,7 @@ def rows_of_scales(rows: dict[str, dict[int, Tensor]]) -> Image.Image:
 
 def training_curves(args: argparse.Namespace) -> None:
     """Fig. 1a: a metric of several runs over their steps."""
-    curves = {Path(run).name: read_metrics(Path(run), args.metric) for run in args.runs}
+    curves = {name: read_metrics(Path(run), args.metric) for name, run in distinct(args.runs).items()}
     if not any(steps for steps, _ in curves.values()):
         raise ValueError(f"none of the runs has logged {args.metric}")
     plot_curves({args.metric: curves}, ("step", args.metric), Path(args.out))
@@ -98,12 +104,12 @@ def training_curves(args: argparse.Namespace) -> None:
 
 def throughput_fid(args: argparse.Namespace) -> None:
     """Fig. 1b: distance over throughput, from evaluation reports; the paper's FIDs as grey lines."""
-    reports = {Path(path).parent.name: json.loads(Path(path).read_text()) for path in args.reports}
+    reports = {name: json.loads(Path(path).read_text()) for name, path in distinct(args.reports, parent=True).items()}
     figure = Figure(figsize=(4.8, 3.6), layout="constrained")
     plot = figure.subplots()
     names = {next((n for n in r if n == "fid" or n.startswith("frechet_distance")), None) for r in reports.values()}
-    if len(names) != 1 or None in names:
-        raise ValueError(f"the reports must hold one kind of distance, found {names}")
+    if len(names) != 1 or None in names or not all("images_per_second" in r for r in reports.values()):
+        raise ValueError(f"the reports must hold images_per_second and one kind of distance, found {names}")
     (metric,) = names
     for name, report in reports.items():
         plot.scatter(report["images_per_second"], report[metric], label=name)
@@ -130,7 +136,7 @@ def tf_vs_ar(args: argparse.Namespace) -> None:
 
 def trajectory(args: argparse.Namespace) -> None:
     """Fig. 7: models from the same start (the first one's sample up to side 4)."""
-    pipelines = {Path(c).name: open_pipeline(c, args.vae_ckpt, args.pn) for c in args.ckpt}
+    pipelines = {name: open_pipeline(c, args.vae_ckpt, args.pn) for name, c in distinct(args.ckpt).items()}
     first = next(iter(pipelines.values()))
     options = {"cfg": args.cfg, "top_k": 0, "top_p": 0.0, "seed": args.seed}
     classes = list(range(min(args.n, first.model.config.num_classes)))
@@ -207,12 +213,12 @@ def exposure_bias(args: argparse.Namespace) -> None:
     so some gap is right: compare checkpoints, not scales.
     """
     rows = []
-    for ckpt in args.ckpt:
+    for model, ckpt in distinct(args.ckpt).items():
         data = HeldOut.of(ckpt, args)
         schedule = data.pipeline.schedule
         for s, forced, own in zip(schedule.sides, *map(schedule.split, exposure(data, args.seed)), strict=True):
             a, b = forced.mean().item(), own.mean().item()
-            rows.append([Path(ckpt).name, str(s), f"{a:.4f}", f"{b:.4f}", f"{b - a:.4f}"])
+            rows.append([model, str(s), f"{a:.4f}", f"{b:.4f}", f"{b - a:.4f}"])
     text = markdown(["model", "side", "NLL, ground-truth inputs", "NLL, own inputs", "gap"], rows)
     Path(args.out).write_text(text + "\n", encoding="utf-8")
     print(text)

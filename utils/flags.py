@@ -81,8 +81,9 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, descrip
     parser = simple_parsing.ArgumentParser(description=description, allow_abbrev=False, add_config_path_arg=False)
     parser.add_arguments(config_class, dest="config")
     try:
-        if argv is None:  # what sys.argv holds, loggers store: it must not hold a secret
-            argv = sys.argv[1:] = translate(sys.argv[1:])
-        return parser.parse_args(translate(argv)).config
+        words = translate(sys.argv[1:] if argv is None else argv)
+        if argv is None:
+            sys.argv[1:] = words  # loggers store it: it must not hold a secret
+        return parser.parse_args(words).config
     except ValueError as error:
         parser.error(str(error))

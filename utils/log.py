@@ -35,7 +35,10 @@ class JsonLines(Silent):
     def __init__(self, path: Path, start: int):
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
+        whole = [line for line in lines if line.endswith("}\n")]  # a killed run may leave half a line
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
+        partial.replace(path)
         self.file = path.open("a", buffering=1)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -132,15 +135,20 @@ class Meter:
             self.sums[name] = self.sums[name] + value if name in self.sums else value.detach().float().clone()
             self.counts[name] += 1
 
-    def means(self, ranks: Ranks) -> dict[str, float]:
-        """The means over steps and ranks since the last call. All ranks must have added the same names."""
+    def peek(self, ranks: Ranks) -> dict[str, float]:
+        """The means over steps and ranks since `means` was called. All ranks must have added the same names."""
         names = sorted(self.sums)
         if not names:
             return {}
         stacked = torch.stack([self.sums[n] / self.counts[n] for n in names])
+        return dict(zip(names, ranks.mean(stacked).tolist(), strict=True))
+
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """`peek`, and start anew."""
+        values = self.peek(ranks)
         self.sums.clear()
         self.counts.clear()
-        return dict(zip(names, ranks.mean(stacked).tolist(), strict=True))
+        return values
 
 
 class Progress:

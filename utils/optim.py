@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from contextlib import AbstractContextManager
 
@@ -51,10 +52,26 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype, enabled=self.name != "fp32")
 
 
+def exact_convolutions() -> AbstractContextManager:
+    """Convolutions in full fp32 on a GPU, whose default is TF32: for codes and features that must not depend on it."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
 def derive_seed(*key: object) -> int:
     """A 63-bit seed from anything printable, the same on every platform."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+class MovingAverage:
+    """A copy of a model whose weights follow the model's: average ← decay·average + (1 - decay)·weights."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model, self.decay = copy.deepcopy(model).requires_grad_(False), decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - self.decay)
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, clip: float) -> torch.Tensor:

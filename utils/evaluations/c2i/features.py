@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.checkpoint import read_plain
+from utils.optim import exact_convolutions
 
 SPATIAL_CHANNELS = 7  # of the tapped map
 
@@ -45,8 +46,7 @@ class Extractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
-        # TF32 would change the features in the fourth digit.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with exact_convolutions():
             pool = self.pooled(images)
         return Features(pool.float().cpu(), self.tapped.float().cpu())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,6 +116,16 @@ class Resized:
     def batch(self, indices: range) -> Tensor:
         images = F.interpolate(self.source.batch(indices).float(), (self.side, self.side), mode="area")
         return images.round().to(torch.uint8)
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 over the names, sizes and times of change of a file or of all files below a folder."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    total = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        total.update(f"{file.relative_to(path.parent)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return total.hexdigest()
 
 
 def open_images(path: str | Path, size: int = 0) -> ImageSource:

@@ -14,11 +14,11 @@ from utils.checkpoint import digest
 from utils.config_sampling import EvalConfig
 from utils.distributed import Ranks
 from utils.evaluations.c2i.features import Extractor
-from utils.evaluations.c2i.images import ImageSource, npz_array, open_images
+from utils.evaluations.c2i.images import ImageSource, fingerprint, npz_array, open_images
 from utils.evaluations.c2i.metrics import Statistics
 from utils.evaluations.c2i.store import FeatureStore
 
-IMAGENET = Path("pretrained/VIRTUAL_imagenet256_labeled.npz")
+IMAGENET = Path(__file__).parents[3] / "pretrained/VIRTUAL_imagenet256_labeled.npz"
 IMAGENET_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/" + IMAGENET.name
 PR_IMAGES = 10_000  # reference images of precision and recall
 
@@ -84,7 +84,9 @@ def load_reference(
     if path is None:
         if extractor.name != "inception":
             return None
-        path = IMAGENET if IMAGENET.is_file() else fetch_imagenet(me)
+        path = fetch_imagenet(me)
+    if config.reference_sha256 and not path.is_file():
+        raise ValueError(f"--reference_sha256 needs a reference file, and {path} is none")
     if config.reference_sha256 and digest(path) != config.reference_sha256.lower():
         raise ValueError(f"{path} has the SHA-256 {digest(path)}, not {config.reference_sha256}")
     if path.is_file():
@@ -100,6 +102,7 @@ def load_reference(
     source = view(source) if view is not None else source
     side = source.batch(range(1)).shape[-1]
     described = {"images": str(path), "count": len(source), "side": side, "features": extractor.name}
+    described |= {"images_sha256": fingerprint(path)}
     store = FeatureStore(directory, len(source), chunk, described, me)
     store.fill(source, extractor, "reference")
     computed = Reference.of_store(store)
@@ -107,8 +110,8 @@ def load_reference(
 
 
 def fetch_imagenet(me: Ranks) -> Path:
-    """Download guided-diffusion's ImageNet-256 reference batch (2 GB)."""
-    if me.first:
+    """guided-diffusion's ImageNet-256 reference batch (2 GB), downloaded when it is missing."""
+    if me.first and not IMAGENET.is_file():
         try:
             torch.hub.download_url_to_file(IMAGENET_URL, str(IMAGENET))
         except OSError as error:
