@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 import warnings
 from dataclasses import asdict
 
@@ -67,6 +69,12 @@ def class_names(folders: list[str], num_classes: int) -> list[str]:
     return folders + [str(i) for i in range(len(folders), num_classes)]
 
 
+def changes(old: dict, new: dict) -> list[str]:
+    """The flags that differ between two configs, as "--flag old → new"."""
+    pairs = [(name, old.get(g, {}).get(name), value) for g, flags in new.items() for name, value in flags.items()]
+    return [f"--{name} {before} → {after}" for name, before, after in pairs if before != after]
+
+
 def build(config: TrainConfig, me: Ranks) -> Trainer:
     """Tokenizer, data, model and trainer, at the run's newest checkpoint if it has one."""
     vae = load_tokenizer(config.model.vae_ckpt)
@@ -89,7 +97,11 @@ def main() -> None:
             trainer = build(config, me)
         names = class_names(trainer.train_set.classes, trainer.model.config.num_classes)
         if me.first:
-            write_json(config.run.directory / "config.json", {**asdict(config), "class_names": names})
+            record = config.run.directory / "config.json"
+            if trainer.step and record.is_file():
+                for change in changes(json.loads(record.read_text()), asdict(config)):
+                    print(f"resumed with another setting: {change}", file=sys.stderr)
+            write_json(record, {**asdict(config), "class_names": names})
         trainer.fit()
 
 

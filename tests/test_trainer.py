@@ -144,6 +144,13 @@ def test_what_is_not_finite_is_never_saved(flags, tmp_path):
     assert latest_checkpoint(tmp_path / "run").name == "step_0000004"
 
 
+def test_a_changed_setting_is_shown_on_resume(flags):
+    run(sys.executable, "train.py", *flags, "--max_steps=1")
+    done = run(sys.executable, "train.py", *flags, "--max_steps=2", "--lr=0.5")
+    shown = [line for line in done.stderr.splitlines() if line.startswith("resumed with another setting")]
+    assert shown == [f"resumed with another setting: --{c}" for c in ("max_steps 1 → 2", "lr 0.01 → 0.5")]
+
+
 def test_resume_takes_the_commands_weight_decay(flags, tmp_path):
     build(config_of(flags, TF, "--max_steps=1"), ALONE).fit()
     again = build(config_of(flags, TF, "--twd=0.3"), ALONE)
