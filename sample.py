@@ -16,7 +16,7 @@ from models.pipeline import SARPipeline, open_pipeline
 from utils.config_sampling import SampleConfig
 from utils.flags import parse
 from utils.optim import Precision
-from utils.visualize import captioned_grid, coarse_to_fine, save_gif
+from utils.pictures import captioned_grid, coarse_to_fine, save_gif
 
 Steps = dict[int, list[Image.Image]]
 

@@ -18,7 +18,7 @@ from utils.data import Views, open_dataset
 from utils.distributed import Ranks, ranks
 from utils.flags import parse
 from utils.optim import derive_seed
-from utils.visualize import grid
+from utils.pictures import grid
 
 
 class MultiScaleLoss(nn.Module):

@@ -27,7 +27,7 @@ from utils.data import CodeBatch, StepSampler, Views, accumulation, encode_batch
 from utils.distributed import Ranks, data_parallel
 from utils.log import Meter, Progress, make_logger
 from utils.optim import MovingAverage, Precision, derive_seed, learning_rate, make_optimizer, update
-from utils.visualize import grid, save_picture, spread_labels, square
+from utils.pictures import grid, save_picture, spread_labels, square
 
 Metrics = dict[str, Tensor]
 

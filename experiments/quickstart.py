@@ -28,7 +28,7 @@ from utils.config import DataConfig
 from utils.data import open_dataset
 from utils.evaluations.c2i import Statistics, frechet_distance
 from utils.optim import derive_seed
-from utils.visualize import grid, plot_curves, read_metrics, save_picture
+from utils.pictures import grid, plot_curves, read_metrics, save_picture
 
 SIDES = "1_2_3_5_8"
 SIZE = 32

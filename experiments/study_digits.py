@@ -16,8 +16,8 @@ import torch
 
 from experiments.quickstart import FLEXVAR, FURTHER, PER_CLASS, Judge, run_stage, sample
 from utils.checkpoint import load_tokenizer, write_json
-from utils.figures import HeldOut, exposure
-from utils.visualize import read_metrics
+from utils.pictures import read_metrics
+from utils.visualize import HeldOut, exposure
 
 DRAWN = ["--sf_top_k=0", "--sf_top_p=0"]
 SAR = "--training_mode=csfl"

@@ -8,7 +8,7 @@ from models.pipeline import SARPipeline
 from tests.conftest import run
 from utils.config_sampling import SampleConfig
 from utils.flags import parse
-from utils.visualize import captioned_grid
+from utils.pictures import captioned_grid
 
 
 @pytest.fixture

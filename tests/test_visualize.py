@@ -8,9 +8,9 @@ from PIL import Image
 
 from models import FlexVAR, FlexVARConfig
 from tests.conftest import run
-from utils import figures
+from utils import visualize as figures
 from utils.checkpoint import load_tokenizer, save_weights
-from utils.figures import FIGURES
+from utils.visualize import FIGURES
 
 
 @pytest.fixture
