@@ -108,6 +108,12 @@ def save_images(config: EvalConfig, directory: Path) -> Callable[[range, Tensor]
     return keep
 
 
+def describe_images(path: str, config: EvalConfig, extractor: Extractor) -> dict:
+    """What the features of given images depend on."""
+    described = {"images": path, "image_size": config.image_size, "features": extractor.name}
+    return {**described, "images_sha256": fingerprint(Path(path))}
+
+
 def evaluate_samples(
     config: EvalConfig,
     setting: tuple[float, int, float],
@@ -116,14 +122,14 @@ def evaluate_samples(
     reference: Reference | None,
     me: Ranks,
     directory: Path,
+    digests: dict[str, str],
 ) -> dict:
     """Sample at one setting and judge it. Returns the report (on the first rank)."""
     cfg, top_k, top_p = setting
     source = Generated(pipeline, config, cfg, top_k, top_p)
     described = {
         "checkpoint": config.ckpt,
-        "weights_sha256": digest_of(pipeline.model),
-        "tokenizer_sha256": digest_of(pipeline.vae),
+        **digests,
         "moving_average": config.use_ema,
         "classes": int(source.labels.max()) + 1,
         "images_per_class": config.num_samples,
@@ -158,8 +164,7 @@ def evaluate_reconstructions(config: EvalConfig, extractor: Extractor, me: Ranks
     """rFID, PSNR and SSIM of a tokenizer."""
     source = open_images(config.reconstruct, config.image_size)
     chunk = chunk_size(config, me)
-    described = {"images": config.reconstruct, "image_size": config.image_size, "features": extractor.name}
-    described |= {"images_sha256": fingerprint(Path(config.reconstruct))}
+    described = describe_images(config.reconstruct, config, extractor)
     real = FeatureStore(directory / "real", len(source), chunk, described, me)
     real.fill(source, extractor, "real images")
     reconstructed = Reconstructed(source, config, me.device)
@@ -188,8 +193,7 @@ def evaluate_files(
     source = open_images(config.samples, config.image_size)
     if len(source) < config.expect:
         raise ValueError(f"{config.samples} holds {len(source)} images, fewer than --expect {config.expect}")
-    described = {"images": config.samples, "image_size": config.image_size, "features": extractor.name}
-    described |= {"images_sha256": fingerprint(Path(config.samples))}
+    described = describe_images(config.samples, config, extractor)
     store = FeatureStore(directory / "features", len(source), chunk_size(config, me), described, me)
     store.fill(source, extractor, "samples")
     if not me.first:
@@ -226,11 +230,12 @@ def run(config: EvalConfig, me: Ranks) -> None:
     if config.samples:
         report = {**evaluate_files(config, extractor, reference, me, directory), **common}
         return write_report(report, directory) if me.first else None
+    digests = {"weights_sha256": digest_of(pipeline.model), "tokenizer_sha256": digest_of(pipeline.vae)}
     rows = []
     for setting in config.settings():
         several = len(config.settings()) > 1
         place = directory / "cfg{:g}_k{}_p{:g}".format(*setting) if several else directory
-        report = evaluate_samples(config, setting, pipeline, extractor, reference, me, place)
+        report = evaluate_samples(config, setting, pipeline, extractor, reference, me, place, digests)
         if me.first:
             rows.append({**report, **common})
             write_report(rows[-1], place)

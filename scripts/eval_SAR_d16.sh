@@ -2,12 +2,7 @@
 # FID, sFID, IS, precision and recall of SAR-d16: 50 images of each of 1,000 classes.
 RECIPE=(
     --ckpt pretrained/SARd16-epo179.pth
-    --vae_ckpt pretrained/FlexVAE.pth
     --cfg 2.2
-    --guidance ramp
-    --top_k 900
-    --top_p 0.95
-    --num_samples 50
     --out_dir out/eval_SAR_d16
 )
 source "$(dirname "$0")/eval_common.sh"

@@ -5,4 +5,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 "$PYTHON" -c 'import torch' 2>/dev/null || fail "$PYTHON has no PyTorch: run bash scripts/setup.sh"
 # On a CPU every rank computes with all cores, so that numbers do not depend on ranks: threads must not spin in wait.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-launch evaluate.py "${RECIPE[@]}" "$@"
+PROTOCOL=(
+    --vae_ckpt pretrained/FlexVAE.pth
+    --guidance ramp
+    --top_k 900
+    --top_p 0.95
+    --num_samples 50
+)
+launch evaluate.py "${PROTOCOL[@]}" "${RECIPE[@]}" "$@"

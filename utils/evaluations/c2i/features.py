@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class Features:
     spatial: Tensor  # (N, S): a map's first channels, flattened row by row, channels last
 
 
-class Extractor(nn.Module):
+class Extractor(nn.Module, ABC):
     """A frozen network with a tapped map. `name` stands in every output; only "inception" may be called FID."""
 
     name: str
@@ -36,13 +37,13 @@ class Extractor(nn.Module):
     def _keep(self, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
         self.tapped = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
+    @abstractmethod
     def pooled(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) uint8 → pooled features (N, D)."""
-        raise NotImplementedError(f"{type(self).__name__} must define pooled")
 
+    @abstractmethod
     def probabilities(self, pool: Tensor) -> Tensor:
         """Pooled features (N, D) → class probabilities (N, K)."""
-        raise NotImplementedError(f"{type(self).__name__} must define probabilities")
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
