@@ -1,6 +1,6 @@
 """Self-Autoregressive Refinement: Stagger-Scale Rollout and the Contrastive Student-Forcing Loss (Algorithm 1).
 
-Legend: B batch, L tokens of a schedule, V codebook rows, D codebook width.
+Legend: B batch, L tokens of a schedule, V codebook rows, D codebook width, C width.
 """
 
 from __future__ import annotations
@@ -8,21 +8,70 @@ from __future__ import annotations
 import random
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from models.head import Linear
 from models.sampling import Guidance, guide, sample_tokens
-from models.scales import ScaleSchedule, shift_all
-from trainer import Metrics, Trainer, scale_losses
+from models.scales import ScaleSchedule, shift_all, shift_up
+from trainer import Metrics, Trainer
 from utils.config import SARConfig
 from utils.data import CodeBatch
-
-DRAWN_AT_ONCE = 128  # tokens of an image: the sampler needs several copies of their logits
 
 
 def rollout_guidance(sar: SARConfig) -> Guidance:
     """The guidance of tokens drawn in training."""
     return Guidance("half_ramp", sar.sf_cfg_scale) if sar.rollout == "cfg" else Guidance("none")
+
+
+class Rollout:
+    """Tokens drawn from a pass's logits while the head is read (Eq. 5), at the span first…end of its L tokens.
+
+    `tokens` (B, L) is -1 where nothing was drawn. `logits` are what they were drawn from, if asked for.
+    """
+
+    def __init__(self, sar: SARConfig, tokens: Tensor, first: int, end: int, keep_logits: bool = False):
+        self.sar, self.first, self.end = sar, first, end
+        self.tokens, self.agreement = torch.full_like(tokens, -1), torch.zeros_like(tokens, dtype=torch.bool)
+        self.uniforms = torch.rand(tokens.shape, device=tokens.device) if sar.rollout != "argmax" else None
+        self.kept: list[Tensor] | None = [] if keep_logits else None
+        self.unconditional: Tensor | None = None  # (B, end, C) features
+        self.weights: Tensor | None = None  # (end, 1) guidance of each token
+
+    def guide(self, unconditional: Tensor, schedule: ScaleSchedule, weights: list[float]) -> None:
+        """Draw from logits that features (B, end, C) of the unconditional class guide, with a weight a scale."""
+        device = unconditional.device
+        lengths = torch.tensor(schedule.lengths)
+        self.unconditional = unconditional
+        self.weights = torch.tensor(weights).repeat_interleave(lengths).unsqueeze(-1).to(device, non_blocking=True)
+
+    @torch.no_grad()
+    def look(self, start: int, end: int, logits: Tensor, head: Linear) -> None:
+        """Draw the tokens start…end, as far as they lie in the span, from their logits (B, end - start, V)."""
+        a, b = max(start, self.first), min(end, self.end)
+        if a >= b:
+            return
+        logits = logits[:, a - start : b - start]
+        best = logits.argmax(-1)
+        if self.unconditional is not None:
+            logits = guide(logits, head(self.unconditional[:, a:b]), self.weights[a:b])
+        if self.sar.rollout == "argmax":
+            drawn = best
+        else:
+            drawn = sample_tokens(logits, self.sar.sf_top_k, self.sar.sf_top_p, self.uniforms[:, a:b])
+        self.tokens[:, a:b], self.agreement[:, a:b] = drawn, drawn == best
+        if self.kept is not None:
+            self.kept.append(logits)
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, end - first, V)."""
+        return torch.cat(self.kept, dim=1)
+
+    def metrics(self, truth: Tensor) -> Metrics:
+        """How many of the drawn tokens are the likeliest, and how many the true ones (B, L)."""
+        span = slice(self.first, self.end)
+        hits = self.tokens[:, span] == truth[:, span]
+        return {"rollout_agreement": self.agreement[:, span].float().mean(), "rollout_accuracy": hits.float().mean()}
 
 
 class SARTrainer(Trainer):
@@ -37,22 +86,21 @@ class SARTrainer(Trainer):
 
     def compute_loss(self, batch: CodeBatch, schedule: ScaleSchedule) -> tuple[Tensor, Metrics]:
         gamma = self.gamma()
-        teacher = self.teacher_pass(batch, schedule)
         if gamma == 0 or len(schedule) < 2:
-            return teacher.loss, teacher.metrics
-        logits = self.guided(teacher.logits.detach(), teacher.inputs, batch.labels, schedule)
-        rollout = self.draw(logits)  # (B, L)
-        targets = {"teacher": rollout, "ground_truth": teacher.tokens, "teacher_soft": logits}
-        csf_loss, metrics = self.student_loss(rollout, targets[self.config.sar.csf_target], batch.labels, schedule)
-        loss = teacher.loss + gamma * csf_loss
+            return super().compute_loss(batch, schedule)
+        tokens, labels = batch.tokens(schedule), batch.labels
+        inputs = shift_all(tokens, self.codebook, schedule)
+        rollout = self.plan(tokens, inputs, labels, schedule)
+        tf_loss, metrics = self.token_loss(labels, inputs, schedule, tokens, look=rollout.look)
+        csf_loss, student = self.student_loss(rollout, tokens, labels, schedule)
+        loss = tf_loss + gamma * csf_loss
         return loss, {
-            **teacher.metrics,
             **metrics,
+            **{f"student_{name}": value for name, value in student.items()},
             "loss": loss.detach(),
-            "loss_tf": teacher.loss.detach(),
+            "loss_tf": tf_loss.detach(),
             "loss_csf": csf_loss.detach(),
-            "rollout_agreement": (rollout == teacher.logits.argmax(-1)).float().mean(),
-            "rollout_accuracy": (rollout == teacher.tokens).float().mean(),
+            **rollout.metrics(tokens),
         }
 
     def gamma(self) -> float:
@@ -61,61 +109,61 @@ class SARTrainer(Trainer):
         ramp = sar.csf_ramp * self.total_steps
         return sar.csf_weight * min(1.0, self.step / ramp) if ramp else sar.csf_weight
 
-    @torch.no_grad()
-    def guided(self, logits: Tensor, inputs: Tensor, labels: Tensor, schedule: ScaleSchedule) -> Tensor:
-        """The teacher's logits (B, L, V) under the rollout's guidance, without gradient."""
-        weights = rollout_guidance(self.config.sar).weights(schedule.sides)
-        if not any(weights):
-            return logits
-        # Only the unconditional half is new: the conditional one is there.
-        unconditional = self.model(torch.full_like(labels, self.model.null_class), inputs, schedule)
-        halves = zip(schedule.split(logits), schedule.split(unconditional), strict=True)
-        return torch.cat([guide(c, u, w) for (c, u), w in zip(halves, weights, strict=True)], dim=1)
+    def transition(self, schedule: ScaleSchedule) -> int:
+        """The scale whose transition --ssr last or random trains."""
+        if self.config.sar.ssr == "last":
+            return len(schedule) - 1
+        return random.Random(f"ssr/{self.config.run.seed}/{self.step}").randrange(1, len(schedule))
 
-    @torch.no_grad()
-    def draw(self, logits: Tensor) -> Tensor:
-        """Tokens (B, L) from logits (B, L, V), by --rollout."""
+    def plan(self, tokens: Tensor, inputs: Tensor, labels: Tensor, schedule: ScaleSchedule) -> Rollout:
+        """The rollout to be drawn from the teacher's logits: only the scales that the second pass reads or is asked."""
         sar = self.config.sar
-        if sar.rollout == "argmax":
-            return logits.argmax(-1)
-        uniforms = torch.rand(logits.shape[:-1], device=logits.device)
-        parts = zip(logits.split(DRAWN_AT_ONCE, 1), uniforms.split(DRAWN_AT_ONCE, 1), strict=True)
-        return torch.cat([sample_tokens(x, sar.sf_top_k, sar.sf_top_p, u) for x, u in parts], dim=1)
+        last = len(schedule) - 1 if sar.ssr == "all" else self.transition(schedule)
+        first = 0 if sar.ssr == "all" else last - 1
+        scales = last if sar.csf_target == "ground_truth" else last + 1  # scale `last` is drawn as a target only
+        part = ScaleSchedule(schedule.sides[:scales])
+        rollout = Rollout(sar, tokens, schedule.offsets[first], part.total, sar.csf_target == "teacher_soft")
+        weights = rollout_guidance(sar).weights(schedule.sides)[:scales]
+        if any(weights):
+            # Only the unconditional half is new, and it needs no gradient and no scale past the span.
+            null = torch.full_like(labels, self.model.null_class)
+            with torch.no_grad(), self.precision.autocast(cache=False):
+                features = self.model(null, inputs[:, : part.total - part.lengths[0]], part, read=lambda x, head: x)
+            rollout.guide(features, part, weights)
+        return rollout
 
     def student_loss(
-        self, rollout: Tensor, targets: Tensor, labels: Tensor, schedule: ScaleSchedule
+        self, rollout: Rollout, truth: Tensor, labels: Tensor, schedule: ScaleSchedule
     ) -> tuple[Tensor, Metrics]:
-        """The second pass on the rollout (B, L) shifted up, against targets (B, L) or (B, L, V) at the scales it fed.
+        """The second pass on the rollout shifted up, and its loss at the scales that it fed.
 
         --ssr all (paper): every scale from its predecessor's rollout, in one pass of the whole schedule.
         --ssr last (released code): only the last transition, as the two-scale sequence [1, s_N] whose first token
         is the class embedding without pos_start. --ssr random: the same of a transition drawn anew each step.
         --ssr_steps n (with all): n such passes, each on the tokens drawn from the one before; the mean of their losses.
         """
-        sar, n = self.config.sar, len(schedule)
-        if sar.ssr == "all":
-            fed, scales = slice(schedule.lengths[0], None), ScaleSchedule(schedule.sides[1:])  # scales 2…N
-            losses: list[tuple[Tensor, Metrics]] = []
-            while len(losses) < sar.ssr_steps:
-                logits = self.network(labels, shift_all(rollout, self.codebook, schedule), schedule)
-                losses.append(csf_losses(logits[:, fed], targets[:, fed], scales))
-                if len(losses) < sar.ssr_steps:
-                    rollout = self.draw(logits.detach())
-        else:
-            i = n - 1 if sar.ssr == "last" else random.Random(f"ssr/{self.config.run.seed}/{self.step}").randrange(1, n)
-            pair = ScaleSchedule(schedule.sides[i - 1 : i + 1])
-            drawn = torch.cat([rollout[:, schedule.span(i - 1)], rollout[:, schedule.span(i)]], dim=1)
-            short, scales = ScaleSchedule((1, schedule.sides[i])), ScaleSchedule(schedule.sides[i : i + 1])
-            logits = self.network(labels, shift_all(drawn, self.codebook, pair), short, start=False)
-            losses = [csf_losses(logits[:, 1:], targets[:, schedule.span(i)], scales)]
-        metrics = {f"student_{name}": value for name, value in losses[0][1].items()}
-        return torch.stack([loss for loss, _ in losses]).mean(), metrics
+        sar = self.config.sar
+        if sar.ssr != "all":
+            i = self.transition(schedule)
+            side, fed = schedule.sides[i], rollout.tokens[:, schedule.span(i - 1)]
+            inputs = shift_up(fed, self.codebook, schedule.sides[i - 1], side)
+            targets = self.targets(rollout, truth, schedule.span(i))
+            return self.token_loss(labels, inputs, ScaleSchedule((1, side)), targets, first=1, start=False)
+        one = schedule.lengths[0]  # the first scale feeds, but has no loss: nothing but the class predicts it
+        targets, fed = self.targets(rollout, truth, slice(one, schedule.total)), rollout.tokens
+        results = []
+        for more in reversed(range(sar.ssr_steps)):
+            again = Rollout(sar, truth[:, one:], 0, schedule.total - one) if more else None
+            inputs = shift_all(fed, self.codebook, schedule)
+            look = again.look if again else None
+            results.append(self.token_loss(labels, inputs, schedule, targets, first=1, look=look))
+            if again:
+                fed = torch.cat([fed[:, :one], again.tokens], dim=1)
+        return torch.stack([loss for loss, _ in results]).mean(), results[0][1]
 
-
-def csf_losses(logits: Tensor, targets: Tensor, schedule: ScaleSchedule) -> tuple[Tensor, Metrics]:
-    """Cross-entropy against tokens (B, L), or KL from the distributions that logits (B, L, V) stand for."""
-    if targets.ndim == 2:
-        return scale_losses(logits, targets, schedule)
-    _, metrics = scale_losses(logits.detach(), targets.argmax(-1), schedule)
-    student, teacher = (x.float().log_softmax(-1).flatten(0, 1) for x in (logits, targets))
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True), metrics
+    def targets(self, rollout: Rollout, truth: Tensor, span: slice) -> Tensor:
+        """What the second pass should predict at a span of tokens (--csf_target)."""
+        target = self.config.sar.csf_target
+        if target == "teacher_soft":
+            return rollout.logits[:, span.start - rollout.first : span.stop - rollout.first]  # (B, n, V)
+        return (rollout.tokens if target == "teacher" else truth)[:, span]

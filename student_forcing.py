@@ -13,7 +13,7 @@ from torch import Tensor
 from models.sampling import Draw, evaluating, walk
 from models.scales import ScaleSchedule, shift_all
 from sar_trainer import rollout_guidance
-from trainer import Metrics, Trainer, scale_losses
+from trainer import Metrics, Trainer
 from utils.data import CodeBatch
 
 
@@ -32,8 +32,7 @@ class StudentForcing(Trainer):
     def compute_loss(self, batch: CodeBatch, schedule: ScaleSchedule) -> tuple[Tensor, Metrics]:
         truth = batch.tokens(schedule)
         fed = self.roll_out(batch, schedule)
-        logits = self.network(batch.labels, shift_all(fed, self.codebook, schedule), schedule)
-        loss, metrics = scale_losses(logits, truth, schedule)
+        loss, metrics = self.token_loss(batch.labels, shift_all(fed, self.codebook, schedule), schedule, truth)
         return loss, {"loss": loss.detach(), **metrics}
 
     @torch.no_grad()
@@ -49,14 +48,13 @@ class StudentForcing(Trainer):
         parts = list(schedule.split(truth))
         top_k = 1 if sar.rollout == "argmax" else sar.sf_top_k
         draw = Draw(rollout_guidance(sar), top_k, sar.sf_top_p, max_pn=None)
-        with evaluating(self.model):
+        with evaluating(self.model), self.precision.autocast(cache=False):
             scales = walk(
                 self.model, self.codebook, batch.labels, schedule, draw, uniforms,
                 edit=lambda s, codes: codes if mine[s] else batch.codes[s],
             )  # fmt: skip
             for i in range(last + 1):  # finer scales feed nothing: they are not drawn
                 parts[i] = next(scales)[1]
-        torch.clear_autocast_cache()  # the weights that autocast cast here have no gradient
         return torch.cat(parts, dim=1)
 
 

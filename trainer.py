@@ -10,14 +10,14 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from models.flexvar import FlexVAR
+from models.head import Look, head_losses
 from models.sampling import Guidance, evaluating, generate
 from models.scales import ScaleSchedule, draw_schedule, shift_all
 from models.vqvae import VQVAE
@@ -30,17 +30,6 @@ from utils.optim import MovingAverage, Precision, derive_seed, learning_rate, ma
 from utils.pictures import grid, save_picture, spread_labels, square
 
 Metrics = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class TeacherPass:
-    """A teacher-forced forward and its loss."""
-
-    tokens: Tensor  # (B, L) ground-truth codes
-    inputs: Tensor  # (B, L - s₁², D)
-    logits: Tensor  # (B, L, V)
-    loss: Tensor
-    metrics: Metrics
 
 
 class Loop(ABC):
@@ -275,23 +264,47 @@ class Trainer(Loop):
 
     def compute_loss(self, batch: CodeBatch, schedule: ScaleSchedule) -> tuple[Tensor, Metrics]:
         """Teacher forcing: mean cross-entropy over all tokens, with inputs from ground truth (paper Eq. 2)."""
-        teacher = self.teacher_pass(batch, schedule)
-        return teacher.loss, teacher.metrics
-
-    def teacher_pass(self, batch: CodeBatch, schedule: ScaleSchedule) -> TeacherPass:
-        """Ground truth, shifted up one scale, through the network; each scale predicts its own codes."""
         tokens = batch.tokens(schedule)
-        inputs = shift_all(tokens, self.codebook, schedule)
-        logits = self.network(batch.labels, inputs, schedule)
-        loss, metrics = scale_losses(logits, tokens, schedule)
-        return TeacherPass(tokens, inputs, logits, loss, {"loss": loss.detach(), **metrics})
+        loss, metrics = self.token_loss(batch.labels, shift_all(tokens, self.codebook, schedule), schedule, tokens)
+        return loss, {"loss": loss.detach(), **metrics}
+
+    def token_loss(
+        self,
+        labels: Tensor,
+        inputs: Tensor,
+        schedule: ScaleSchedule,
+        targets: Tensor,
+        first: int = 0,
+        start: bool = True,
+        look: Look | None = None,
+    ) -> tuple[Tensor, Metrics]:
+        """A forward through the network and its mean loss at the scales from number `first` on.
+
+        Args:
+            labels, inputs, schedule, start: see `FlexVAR.forward`.
+            targets: of these scales, tokens (B, n) or the logits to match (B, n, V).
+            look: is shown their logits, see `head_losses`.
+
+        Returns: the loss, and loss and accuracy of each side.
+        """
+        scales = ScaleSchedule(schedule.sides[first:])
+
+        def read(features: Tensor, head: nn.Linear) -> tuple[Tensor, ...]:
+            return head_losses(features[:, schedule.offsets[first] :], head, targets, look)
+
+        loss, losses, hits = self.network(labels, inputs, schedule, start, read)
+        metrics = {}
+        for s, side_losses, side_hits in zip(scales.sides, scales.split(losses), scales.split(hits), strict=True):
+            metrics[f"loss_side/{s}"] = side_losses.mean()
+            metrics[f"accuracy_side/{s}"] = side_hits.mean()
+        return loss, metrics
 
     def held_out_losses(self, images: Tensor, labels: Tensor) -> Metrics:
         """Teacher-forced loss on the schedule --pn."""
         schedule = self.config.model.scales
         batch = encode_batch(self.vae, images, labels, schedule, self.config.model.supervision)
         with self.precision.autocast():
-            return self.teacher_pass(batch, schedule).metrics
+            return Trainer.compute_loss(self, batch, schedule)[1]
 
     def picture(self) -> Tensor:
         """Samples of fixed seeds and classes (3, H, W) in [0, 1]."""
@@ -316,15 +329,3 @@ class Trainer(Loop):
         return (
             f"{self.config.sar.training_mode}: FlexVAR-d{self.model.config.depth}, {parameters / 1e6:.1f} M parameters"
         )
-
-
-def scale_losses(logits: Tensor, tokens: Tensor, schedule: ScaleSchedule) -> tuple[Tensor, Metrics]:
-    """Mean cross-entropy of logits (B, L, V) on tokens (B, L), and loss and accuracy of each side."""
-    losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
-    metrics = {}
-    with torch.no_grad():
-        hits = (logits.argmax(-1) == tokens).float()
-        for s, loss, hit in zip(schedule.sides, schedule.split(losses), schedule.split(hits), strict=True):
-            metrics[f"loss_side/{s}"] = loss.mean()
-            metrics[f"accuracy_side/{s}"] = hit.mean()
-    return losses.mean(), metrics

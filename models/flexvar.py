@@ -6,6 +6,7 @@ Legend: B batch, L tokens of a schedule, V codebook rows, D codebook width, C wi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from models.layers import Attend, Block, CachedAttention, HeadNorm, ScaleCausalA
 from models.scales import ScaleSchedule
 
 POSITION_SIDE = 32  # side of the learned position map, resized to each scale
+
+Read = Callable[[Tensor, nn.Linear], object]  # features (B, L, C), the head → whatever the caller makes of them
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,9 @@ class FlexVAR(nn.Module):
             block.ada_lin[1].weight[: 2 * width].mul_(config.alng)
             block.ada_lin[1].weight[2 * width :].mul_(config.aln)
 
-    def forward(self, labels: Tensor, inputs: Tensor, schedule: ScaleSchedule, start: bool = True) -> Tensor:
+    def forward(
+        self, labels: Tensor, inputs: Tensor, schedule: ScaleSchedule, start: bool = True, read: Read | None = None
+    ) -> Tensor:
         """Logits of all scales in one scale-causal pass.
 
         Args:
@@ -115,16 +120,18 @@ class FlexVAR(nn.Module):
             inputs: (B, L - s₁², D) embeddings of scales 2…N, each shifted up from the scale before.
             schedule: the sides s₁…s_N.
             start: add pos_start to the first scale (the released second pass leaves it out).
+            read: what to make of the last features (B, L, C) and the head, instead of all their logits.
 
-        Returns: (B, L, V).
+        Returns: (B, L, V), or what `read` returns.
         """
         condition = self.class_emb(labels)  # (B, C)
         first = self.first_scale(condition, schedule.lengths[0], start)
         x = torch.cat([first, self.word_embed(inputs.to(self.word_embed.weight.dtype))], dim=1)  # (B, L, C)
-        x = x + torch.cat([self.positions(s) for s in schedule.sides], dim=1)
+        x = x + self.positions(schedule.sides)
         attention = ScaleCausalAttention(schedule, x.device)
         modulations = [block.ada_lin(condition) for block in self.blocks]
-        return self.trunk(x, modulations, self.head_nm.ada_lin(condition), [attention] * len(self.blocks))
+        x = self.trunk(x, modulations, self.head_nm.ada_lin(condition), [attention] * len(self.blocks))
+        return read(x, self.head) if read else self.head(x)
 
     def begin(self, labels: Tensor, capacity: int) -> SamplingState:
         """Start a cached forward of up to `capacity` tokens: the class's modulations are computed once."""
@@ -136,28 +143,43 @@ class FlexVAR(nn.Module):
             [CachedAttention(capacity) for _ in self.blocks],
         )
 
-    def step(self, state: SamplingState, inputs: Tensor | None, s: int) -> Tensor:
-        """Logits (B, s², V) of the next scale from its shifted inputs (B, s², D); None stands for the first scale."""
+    def step(self, state: SamplingState, inputs: Tensor | None, s: int, rows: int | None = None) -> Tensor:
+        """Logits (B, s², V) of the next scale from its shifted inputs (B, s², D); None stands for the first scale.
+
+        With `rows`, those of the first `rows` images only.
+        """
         if inputs is None:
             x = self.first_scale(state.condition, s * s, start=True)
         else:
             x = self.word_embed(inputs.to(self.word_embed.weight.dtype))
-        return self.trunk(x + self.positions(s), state.modulations, state.head_modulation, state.caches)
+        x = self.trunk(x + self.positions((s,)), state.modulations, state.head_modulation, state.caches)
+        return self.head(x[:rows])
 
     def first_scale(self, condition: Tensor, length: int, start: bool) -> Tensor:
         """The class embedding (B, C) at every token of the first scale (B, length, C)."""
         x = condition.unsqueeze(1).expand(-1, length, -1)
         return x + self.pos_start if start else x
 
-    def positions(self, s: int) -> Tensor:
-        """The position map at side s (1, s², C), by area."""
-        return F.interpolate(self.pos_1LC, size=(s, s), mode="area").flatten(2).transpose(1, 2)
+    def positions(self, sides: Sequence[int]) -> Tensor:
+        """The position map at each side, by area: (L, C)."""
+        maps = self.pos_1LC.flatten(2).squeeze(0).T  # (32², C)
+        with torch.autocast(maps.device.type, enabled=False):
+            return torch.cat([area_weights(s, POSITION_SIDE, maps.device) for s in sides]) @ maps
 
     def trunk(self, x: Tensor, modulations: list[Tensor], head_modulation: Tensor, attentions: list[Attend]) -> Tensor:
-        """Embedded tokens (B, L, C) → logits (B, L, V)."""
+        """Embedded tokens (B, L, C) → the features (B, L, C) that the head reads."""
         for block, modulation, attention in zip(self.blocks, modulations, attentions, strict=True):
             x = block(x, modulation, attention)
-        return self.head(self.head_nm(x, head_modulation))
+        return self.head_nm(x, head_modulation)
+
+
+def area_weights(s: int, side: int, device: torch.device) -> Tensor:
+    """Resizing a side × side map to s × s by area, as a matrix (s², side²).
+
+    One product for all scales; its gradient, unlike that of the pooling operator on a GPU, is deterministic.
+    """
+    rows = F.adaptive_avg_pool1d(torch.eye(side, device=device), s).T  # (s, side)
+    return torch.kron(rows, rows)
 
 
 def sinusoids(width: int, side: int) -> Tensor:

@@ -69,7 +69,7 @@ class Draw:
     max_pn: int | None = 16
 
 
-def guide(cond: Tensor, uncond: Tensor, weight: float) -> Tensor:
+def guide(cond: Tensor, uncond: Tensor, weight: float | Tensor) -> Tensor:
     """(1 + w)·cond − w·uncond, in fp32: half precision would be coarse against the differences."""
     return (1 + weight) * cond.float() - weight * uncond.float()
 
@@ -155,10 +155,10 @@ def walk(
     state = model.begin(labels, schedule.total)
     inputs = None
     for i, s in enumerate(sides):
-        logits = model.step(state, inputs, s)
-        if guided:
-            cond, uncond = logits.chunk(2)
-            logits = guide(cond, uncond, weights[i]) if weights[i] else cond
+        if weights[i]:
+            logits = guide(*model.step(state, inputs, s).chunk(2), weights[i])
+        else:  # the unconditional half is remembered, not read
+            logits = model.step(state, inputs, s, rows=len(uniforms))
         greedy = draw.max_pn is not None and (s not in SAMPLED_SIDES or s > draw.max_pn)
         codes = sample_tokens(logits, 1 if greedy else draw.top_k, draw.top_p, uniforms[:, schedule.span(i)])
         if edit is not None:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+NEAREST_AT_ONCE = 1024  # vectors compared with the whole codebook at a time
+
 
 @dataclass(frozen=True)
 class VQVAEConfig:
@@ -174,8 +176,11 @@ class Quantizer(nn.Module):
         """Normalised vectors (…, D) → index of the nearest row (…,) by squared distance, the first on a tie."""
         with torch.autocast(z.device.type, enabled=False):  # half precision would choose other rows
             rows, flat = self.rows().float(), z.flatten(0, -2).float()
-            distance = flat.square().sum(1, keepdim=True) + rows.square().sum(1) - 2 * flat @ rows.T
-            return distance.argmin(dim=1).view(z.shape[:-1])
+            squares, found = rows.square().sum(1), []
+            for part in flat.split(NEAREST_AT_ONCE):
+                distance = part.square().sum(1, keepdim=True) + squares
+                found.append(torch.addmm(distance, part, rows.T, alpha=-2).argmin(dim=1))
+            return torch.cat(found).view(z.shape[:-1])
 
 
 class VQVAE(nn.Module):

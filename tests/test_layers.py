@@ -34,7 +34,7 @@ def test_grouped_attention_and_its_gradients_equal_the_dense_mask(sides):
 def test_no_mask_is_larger_than_the_coarse_group():
     attention = ScaleCausalAttention(DEFAULT_SCHEDULE, torch.device("cpu"))
     assert len(attention.mask) == 155 <= COARSE_TOKENS
-    assert attention.fine == [(155, 255), (255, 424), (424, 680)]
+    assert attention.lengths == [155, 100, 169, 256]
 
 
 def test_cached_attention_equals_the_dense_mask():

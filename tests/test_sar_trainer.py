@@ -1,10 +1,12 @@
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from models.sampling import Guidance, sample_tokens
-from models.scales import ScaleSchedule, shift_all
-from sar_trainer import SARTrainer
+from models.scales import ScaleSchedule, shift_all, shift_up
+from sar_trainer import Rollout, SARTrainer
 from tests.conftest import ALONE, config_of, worst
 from train import build
 from trainer import Trainer
@@ -30,27 +32,86 @@ def batch_of(expected, schedule):
     return CodeBatch(expected["labels"], codes)
 
 
+def rollout_of(trainer, tokens):
+    """A rollout that is given, not drawn."""
+    rollout = Rollout(trainer.config.sar, tokens, 0, tokens.shape[1])
+    rollout.tokens = tokens
+    return rollout
+
+
+def plain_step(trainer, model, batch, schedule, seed):
+    """A SAR step written out: every logit of every pass kept, every scale drawn, nothing shared or left out."""
+    sar, labels, truth = trainer.config.sar, batch.labels, batch.tokens(schedule)
+    inputs = shift_all(truth, trainer.codebook, schedule)
+    logits = model(labels, inputs, schedule)
+    loss = F.cross_entropy(logits.flatten(0, 1), truth.flatten())
+    with torch.no_grad():
+        guided = logits.detach()
+        if sar.rollout == "cfg":
+            null, n = model(torch.full_like(labels, model.null_class), inputs, schedule), len(schedule)
+            parts = zip(schedule.split(logits), schedule.split(null), strict=True)
+            weights = [sar.sf_cfg_scale * 0.5 * (1 + i / (n - 1)) for i in range(n)]
+            guided = torch.cat([c + w * (c - u) for w, (c, u) in zip(weights, parts, strict=True)], dim=1)
+        torch.manual_seed(seed)
+        uniforms = torch.rand(truth.shape)
+        top_k = 1 if sar.rollout == "argmax" else sar.sf_top_k
+        rollout = sample_tokens(guided, top_k, sar.sf_top_p, uniforms)
+    if sar.ssr == "all":
+        scored, second = slice(1, None), model(labels, shift_all(rollout, trainer.codebook, schedule), schedule)
+        second = second[:, 1:]
+    else:
+        scored, sides = schedule.span(-1), schedule.sides
+        fed = shift_up(rollout[:, schedule.span(-2)], trainer.codebook, sides[-2], sides[-1])
+        second = model(labels, fed, ScaleSchedule((1, sides[-1])), start=False)[:, 1:]
+    if sar.csf_target == "teacher_soft":
+        p, q = second.log_softmax(-1), guided[:, scored].log_softmax(-1)
+        csf = (q.exp() * (q - p)).sum(-1).mean()
+    else:
+        target = (rollout if sar.csf_target == "teacher" else truth)[:, scored]
+        csf = F.cross_entropy(second.flatten(0, 1), target.flatten())
+    return loss + sar.csf_weight * csf
+
+
+@pytest.mark.parametrize("rows", [7, 2048])  # of logits at a time: many chunks, or one
+def test_a_step_equals_the_plain_one_in_loss_and_gradient(rows, reference, model, expected, schedule, monkeypatch):
+    monkeypatch.setattr("models.head.ROWS_AT_ONCE", rows)
+    batch = batch_of(expected, schedule)
+    for ssr, rollout, target in product(
+        ("all", "last"), ("argmax", "sample", "cfg"), ("teacher", "ground_truth", "teacher_soft")
+    ):
+        drawn = [] if rollout == "argmax" else ["--sf_top_k=50", "--sf_top_p=0.9"]
+        scale = ["--sf_cfg_scale=2"] if rollout == "cfg" else []
+        trainer = reference(
+            f"--ssr={ssr}", f"--rollout={rollout}", f"--csf_target={target}", "--csf_weight=0.7", *drawn, *scale
+        )
+        wanted = plain_step(trainer, model, batch, schedule, seed=5)
+        wanted.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        torch.manual_seed(5)
+        found, _ = trainer.compute_loss(batch, schedule)
+        found.backward()
+        assert worst(found.detach().view(1), wanted.detach().view(1)) < 1e-5, (ssr, rollout, target)
+        for name, p in model.named_parameters():
+            assert worst(p.grad, gradients[name]) < 1e-4, (name, ssr, rollout, target)
+        model.zero_grad()
+
+
 @pytest.mark.parametrize("ssr", ["all", "last"])
 def test_both_second_passes_equal_the_released_ones(ssr, reference, expected, schedule):
     trainer = reference("--rollout=argmax", f"--ssr={ssr}", "--csf_weight=0.25")
-    seen = {}
-    network = trainer.network
+    seen, network = {}, trainer.network
 
-    def spy(labels, inputs, sides, start=True):
+    def spy(labels, inputs, sides, start, read):
         seen["inputs"], seen["logits"] = inputs, network(labels, inputs, sides, start)
-        return seen["logits"]
+        return network(labels, inputs, sides, start, read)
 
     trainer.network = spy
     with torch.no_grad():
         loss, metrics = trainer.compute_loss(batch_of(expected, schedule), schedule)
-        teacher = trainer.teacher_pass(batch_of(expected, schedule), schedule)
-    rollout = trainer.draw(teacher.logits)
-    assert torch.equal(rollout, expected["student.rollout_argmax"])
     assert worst(metrics["loss_csf"].view(1), expected[f"student.csf_loss_{ssr}"]) < 1e-5
     assert worst(metrics["loss_tf"].view(1), expected["teacher.loss"]) < 1e-5
     assert loss.item() == pytest.approx(metrics["loss_tf"].item() + 0.25 * metrics["loss_csf"].item(), rel=1e-6)
-    with torch.no_grad():
-        trainer.student_loss(rollout, rollout, expected["labels"], schedule)
     if ssr == "all":
         assert worst(seen["inputs"], expected["student.inputs"]) < 1e-5
         assert worst(seen["logits"], expected["student.logits_all"]) < 1e-5
@@ -58,8 +119,15 @@ def test_both_second_passes_equal_the_released_ones(ssr, reference, expected, sc
         assert worst(seen["logits"][:, 1:], expected["student.logits_last"]) < 1e-5
 
 
+def roll_out(trainer, expected, schedule):
+    """The rollout of a trainer's teacher pass."""
+    tokens, inputs, labels = expected["vae.codes"], expected["teacher.inputs"], expected["labels"]
+    rollout = trainer.plan(tokens, inputs, labels, schedule)
+    trainer.token_loss(labels, inputs, schedule, tokens, look=rollout.look)
+    return rollout
+
+
 def test_rollouts_by_their_definitions(reference, model, expected, schedule):
-    inputs, labels = expected["teacher.inputs"], expected["labels"]
     cond, uncond = expected["teacher.logits"], expected["teacher.logits_null_class"]
     weights = [2.0 * 0.5 * (1 + i / 3) for i in range(4)]
     guided = torch.cat(
@@ -70,13 +138,27 @@ def test_rollouts_by_their_definitions(reference, model, expected, schedule):
         (["--rollout=cfg", "--sf_top_k=20", "--sf_top_p=0.9", "--sf_cfg_scale=2"], guided),
     ]:
         trainer = reference(*flags)
-        teacher = trainer.teacher_pass(batch_of(expected, schedule), schedule)
-        assert worst(teacher.inputs, inputs) < 1e-5
         torch.manual_seed(3)
-        found = trainer.draw(trainer.guided(teacher.logits.detach(), teacher.inputs, labels, schedule))
+        found = roll_out(trainer, expected, schedule).tokens
         torch.manual_seed(3)
         assert torch.equal(found, sample_tokens(logits, 20, 0.9, torch.rand(2, 30)))
     assert Guidance("half_ramp", 2.0).weights(schedule.sides) == pytest.approx(weights)
+    argmax = roll_out(reference("--rollout=argmax"), expected, schedule)
+    assert torch.equal(argmax.tokens, expected["student.rollout_argmax"])
+
+
+def test_only_the_scales_that_the_second_pass_needs_are_drawn(reference, model, expected, schedule):
+    lengths = []  # of the unconditional pass
+    model.register_forward_hook(lambda *args: lengths.append(args[1][2].total) if args[1][0][0] == 10 else None)
+    for flags, drawn, passed in [
+        (["--ssr=all"], range(30), 30),
+        (["--ssr=all", "--csf_target=ground_truth"], range(14), 14),
+        (["--ssr=last"], range(5, 30), 30),
+        (["--ssr=last", "--csf_target=ground_truth"], range(5, 14), 14),
+    ]:
+        rollout = roll_out(reference(*flags), expected, schedule)
+        assert (rollout.tokens[0] >= 0).nonzero().flatten().tolist() == list(drawn)
+        assert lengths.pop() == passed
 
 
 def test_ground_truth_target(reference, expected, schedule):
@@ -89,9 +171,9 @@ def test_ground_truth_target(reference, expected, schedule):
 
 def test_no_gradient_flows_through_the_rollout(reference, model, expected, schedule):
     trainer = reference("--rollout=cfg", "--csf_weight=1")
-    teacher = trainer.teacher_pass(batch_of(expected, schedule), schedule)
-    rollout = trainer.draw(trainer.guided(teacher.logits, teacher.inputs, expected["labels"], schedule))
-    csf, _ = trainer.student_loss(rollout, rollout, expected["labels"], schedule)
+    rollout = roll_out(trainer, expected, schedule)
+    csf, _ = trainer.student_loss(rollout, expected["vae.codes"], expected["labels"], schedule)
+    rollout = rollout.tokens
     csf.backward()
     found = model.head.weight.grad.clone()
     model.zero_grad()
@@ -106,7 +188,7 @@ def test_the_unconditional_half_runs_once_and_without_gradient(reference, model,
     calls = []
     model.register_forward_hook(lambda *args: calls.append((args[1][0].tolist(), torch.is_grad_enabled())))
     trainer.compute_loss(batch_of(expected, schedule), schedule)
-    assert calls == [([3, 7], True), ([10, 10], False), ([3, 7], True)]
+    assert calls == [([10, 10], False), ([3, 7], True), ([3, 7], True)]
 
 
 @pytest.mark.parametrize("drop", ["0", "0.5"])
@@ -153,11 +235,12 @@ def test_one_scale_has_no_second_pass(reference, expected):
 
 
 def test_a_random_transition_is_a_released_pass_of_that_transition(reference, expected, schedule):
-    trainer, rollout, labels = reference("--ssr=random"), expected["student.rollout_argmax"], expected["labels"]
+    trainer, labels = reference("--ssr=random"), expected["labels"]
+    rollout = rollout_of(trainer, expected["student.rollout_argmax"])
     seen = set()
     for trainer.step in range(20):
-        loss, metrics = trainer.student_loss(rollout, rollout, labels, schedule)
-        (side,) = (int(name.split("/")[1]) for name in metrics if name.startswith("student_loss_side/"))
+        loss, metrics = trainer.student_loss(rollout, expected["vae.codes"], labels, schedule)
+        (side,) = (int(name.split("/")[1]) for name in metrics if name.startswith("loss_side/"))
         seen.add(side)
         if side == 4:
             assert worst(loss.detach().view(1), expected["student.csf_loss_last"]) < 1e-5
@@ -166,21 +249,23 @@ def test_a_random_transition_is_a_released_pass_of_that_transition(reference, ex
 
 def test_soft_targets_are_a_kl_and_one_hot_ones_the_hard_loss(reference, expected, schedule):
     trainer, labels = reference("--csf_target=teacher_soft"), expected["labels"]
-    rollout = expected["student.rollout_argmax"]
-    one_hot = F.one_hot(rollout, 128).float() * 1e4  # as logits: all the mass on one token
-    soft, _ = trainer.student_loss(rollout, one_hot, labels, schedule)
+    rollout = rollout_of(trainer, expected["student.rollout_argmax"])
+    rollout.kept = [F.one_hot(rollout.tokens, 128).float() * 1e4]  # as logits: all the mass on one token
+    soft, _ = trainer.student_loss(rollout, expected["vae.codes"], labels, schedule)
     assert worst(soft.detach().view(1), expected["student.csf_loss_all"]) < 1e-5
     teacher, student = (expected[n][:, 1:].log_softmax(-1) for n in ("teacher.logits", "student.logits_all"))
     kl = (teacher.exp() * (teacher - student)).sum(-1).mean()
-    found, _ = trainer.student_loss(rollout, expected["teacher.logits"], labels, schedule)
+    rollout.kept = [expected["teacher.logits"]]
+    found, _ = trainer.student_loss(rollout, expected["vae.codes"], labels, schedule)
     assert found.item() == pytest.approx(kl.item(), rel=1e-4)
 
 
 def test_deeper_rollouts_feed_on_the_students_own_tokens(reference, model, expected, schedule):
     trainer, labels = reference("--rollout=argmax", "--ssr_steps=2"), expected["labels"]
     rollout = expected["student.rollout_argmax"]
-    found, _ = trainer.student_loss(rollout, rollout, labels, schedule)
-    again = shift_all(expected["student.logits_all"].argmax(-1), trainer.codebook, schedule)
+    found, _ = trainer.student_loss(rollout_of(trainer, rollout), expected["vae.codes"], labels, schedule)
+    drawn = expected["student.logits_all"].argmax(-1)
+    again = shift_all(torch.cat([rollout[:, :1], drawn[:, 1:]], 1), trainer.codebook, schedule)
     second = F.cross_entropy(model(labels, again, schedule)[:, 1:].flatten(0, 1), rollout[:, 1:].flatten())
     wanted = (expected["student.csf_loss_all"] + second) / 2
     assert worst(found.detach().view(1), wanted.detach()) < 1e-5

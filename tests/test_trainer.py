@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.scales import ScaleSchedule, draw_schedule
+from models.scales import draw_schedule
 from sar_trainer import SARTrainer
 from tests.conftest import ALONE, config_of, run, torchrun
 from train import build
-from trainer import Trainer, scale_losses
+from trainer import Trainer
 from utils.checkpoint import latest_checkpoint
-from utils.data import encode_batch
+from utils.data import CodeBatch, encode_batch, open_dataset
 from utils.distributed import Ranks
 
 TF = "--training_mode=teacher_forcing"
@@ -33,16 +33,20 @@ def lines_of(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_loss_by_the_obvious_formula():
-    torch.manual_seed(0)
-    schedule, logits, tokens = ScaleSchedule((1, 2)), torch.randn(3, 5, 7), torch.randint(7, (3, 5))
-    loss, metrics = scale_losses(logits, tokens, schedule)
-    nll = [[-logits[b, t].log_softmax(-1)[tokens[b, t]].item() for t in range(5)] for b in range(3)]
-    assert loss.item() == pytest.approx(sum(map(sum, nll)) / 15, rel=1e-5)
-    assert metrics["loss_side/1"].item() == pytest.approx(sum(row[0] for row in nll) / 3, rel=1e-5)
-    assert metrics["loss_side/2"].item() == pytest.approx(sum(sum(row[1:]) for row in nll) / 12, rel=1e-5)
-    hits = (logits.argmax(-1) == tokens)[:, 1:].float().mean().item()
-    assert metrics["accuracy_side/2"].item() == pytest.approx(hits)
+def test_loss_by_the_obvious_formula(flags, vae, model, expected, schedule):
+    config = config_of(flags, TF, "--pn=1_2_3_4")
+    trainer = Trainer(config, model, vae, open_dataset(config.data, 64, 0, "train"), None, ALONE)
+    tokens = expected["vae.codes"]
+    model.eval()
+    codes = dict(zip(schedule.sides, schedule.split(tokens), strict=True))
+    _, metrics = trainer.compute_loss(CodeBatch(expected["labels"], codes), schedule)
+    logits = expected["teacher.logits"]
+    nll = [[-logits[b, t].log_softmax(-1)[tokens[b, t]].item() for t in range(30)] for b in range(2)]
+    assert metrics["loss"].item() == pytest.approx(sum(map(sum, nll)) / 60, rel=1e-5)
+    assert metrics["loss_side/1"].item() == pytest.approx(sum(row[0] for row in nll) / 2, rel=1e-5)
+    assert metrics["loss_side/2"].item() == pytest.approx(sum(sum(row[1:5]) for row in nll) / 8, rel=1e-5)
+    hits = (logits.argmax(-1) == tokens)[:, 14:].float().mean().item()
+    assert metrics["accuracy_side/4"].item() == pytest.approx(hits)
 
 
 def test_a_run_learns_and_writes_what_it_promises(flags, tmp_path):

@@ -48,8 +48,9 @@ class Precision:
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.name != "fp32")
+    def autocast(self, cache: bool = True) -> AbstractContextManager:
+        """For a pass without gradient among passes with one: no cache, which would hold weights without gradient."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.name != "fp32", cache_enabled=cache)
 
 
 def exact_convolutions() -> AbstractContextManager:
