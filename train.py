@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,7 @@ from sar_trainer import SARTrainer
 from student_forcing import STUDENT_FORCING
 from trainer import Trainer
 from utils.checkpoint import find_weights, flexvar_config, load_strictly, load_tokenizer, read_state_dict, write_json
+from utils.code_cache import open_cache, read_manifest
 from utils.config import TrainConfig
 from utils.data import check_dataset, open_dataset
 from utils.distributed import Ranks, alone, ranks
@@ -56,7 +58,10 @@ def build_model(config: TrainConfig, vae: VQVAE, data_classes: int) -> FlexVAR:
 
 def check(config: TrainConfig) -> None:
     """Whether the files that the flags name are there; released weights that are not can be fetched."""
-    check_dataset(config.data)
+    if config.speed.code_cache:
+        read_manifest(Path(config.speed.code_cache))
+    else:
+        check_dataset(config.data)
     for path in filter(None, (config.model.vae_ckpt, config.model.init_ckpt)):
         offer(path)
         find_weights(path)
@@ -77,11 +82,16 @@ def changes(old: dict, new: dict) -> list[str]:
 
 def build(config: TrainConfig, me: Ranks) -> Trainer:
     """Tokenizer, data, model and trainer, at the run's newest checkpoint if it has one."""
-    vae = load_tokenizer(config.model.vae_ckpt)
-    size = config.model.scales.sides[-1] * vae.config.factor
-    train_set, val_set = (open_dataset(config.data, size, config.run.seed, split) for split in ("train", "val"))
+    vae, wanted, encode = load_tokenizer(config.model.vae_ckpt), config.model, None
+    size = wanted.scales.sides[-1] * vae.config.factor
+    if config.speed.code_cache:
+        cache = Path(config.speed.code_cache)
+        train_set, val_set = (open_cache(cache, vae, wanted.supervision, size, split) for split in ("train", "val"))
+        encode = train_set.code_batch
+    else:
+        train_set, val_set = (open_dataset(config.data, size, config.run.seed, split) for split in ("train", "val"))
     model = build_model(config, vae, len(train_set.classes))
-    trainer = TRAINERS[config.sar.training_mode](config, model, vae, train_set, val_set, me)
+    trainer = TRAINERS[config.sar.training_mode](config, model, vae, train_set, val_set, me, encode)
     trainer.resume()
     return trainer
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from utils.optim import MovingAverage, Precision, derive_seed, learning_rate, ma
 from utils.pictures import grid, save_picture, spread_labels, square
 
 Metrics = dict[str, Tensor]
+Encode = Callable[[Tensor, Tensor, ScaleSchedule], CodeBatch]  # what a data set yields, class ids, the step's scales
 
 
 class Loop(ABC):
@@ -73,7 +75,8 @@ class Loop(ABC):
 
     @abstractmethod
     def micro_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
-        """Loss of one micro-batch, images (B, 3, H, W) in [-1, 1] and class ids (B,), and what to log of it."""
+        """Loss of one micro-batch and what to log of it: images (B, 3, H, W) in [-1, 1], or whatever else the data set
+        yields, and class ids (B,)."""
 
     @abstractmethod
     def held_out_losses(self, images: Tensor, labels: Tensor) -> Metrics:
@@ -241,14 +244,17 @@ class Trainer(Loop):
         train_set: Views,
         val_set: Views | None,
         ranks: Ranks,
+        encode: Encode | None = None,
     ):
+        """`encode` turns what the data sets yield into codes; by default they are images, for the tokenizer."""
         super().__init__(config, model, train_set, val_set, ranks)
         self.vae = vae.to(ranks.device)
         self.codebook = self.vae.codebook  # (V, D), frozen
+        self.encode = encode or partial(encode_batch, self.vae, supervision=config.model.supervision)
 
     def micro_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         schedule = self.schedule()
-        batch = encode_batch(self.vae, images, self.drop_classes(labels), schedule, self.config.model.supervision)
+        batch = self.encode(images, self.drop_classes(labels), schedule)
         with self.precision.autocast():
             return self.compute_loss(batch, schedule)
 
@@ -302,7 +308,7 @@ class Trainer(Loop):
     def held_out_losses(self, images: Tensor, labels: Tensor) -> Metrics:
         """Teacher-forced loss on the schedule --pn."""
         schedule = self.config.model.scales
-        batch = encode_batch(self.vae, images, labels, schedule, self.config.model.supervision)
+        batch = self.encode(images, labels, schedule)
         with self.precision.autocast():
             return Trainer.compute_loss(self, batch, schedule)[1]
 

@@ -1,4 +1,4 @@
-"""The whole chain on scikit-learn's digits: tokenizer → FlexVAR → SAR → samples → numbers.
+"""The whole chain on scikit-learn's digits: tokenizer → codes → FlexVAR → SAR → samples → numbers.
 
     python -m experiments.quickstart --out out/quickstart
 
@@ -8,6 +8,7 @@ Every stage is one call of the project's own entries under torchrun; a finished 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -37,7 +38,7 @@ GUIDANCE = Guidance("ramp", 0.5)
 TOP_K, TOP_P = 0, 0.0
 SEED = 0
 
-DATA = ["--dataset=digits", "--workers=0", f"--seed={SEED}"]
+DATA = ["--dataset=digits", "--workers=0"]
 TOKENIZER = [f"--image_size={SIZE}", f"--pn={SIDES}", "--base_width=32", "--width_mult", "1", "1", "2"]
 TOKENIZER += ["--res_blocks=1", "--z_channels=64", "--codebook_size=128", "--codebook_dim=16"]
 TOKENIZER += ["--bs=32", "--lr=2e-3", "--wpe=0.1"]
@@ -55,21 +56,26 @@ ROWS = {
 }
 
 
+def launch(command: list[str], processes: int = 0) -> float:
+    """Run one of the project's entries under torchrun. Returns its seconds."""
+    processes = processes or torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    threads = max(1, (os.cpu_count() or 1) // max(2, processes))  # two runs at a time may share a machine
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    began = time.perf_counter()
+    subprocess.run([sys.executable, *(launcher if processes > 1 else []), *command], check=True, env=env)
+    return time.perf_counter() - began
+
+
 def run_stage(
     name: str, entry: str, flags: list[str], steps: int, out: Path, bs: int, processes: int = 0
 ) -> tuple[Path, float]:
     """One training run of `steps` steps in out/name. Returns its directory and its seconds."""
-    processes = processes or torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     directory = out / name
     epochs = (steps - 0.5) * bs / 1300  # rounded up to whole steps
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), entry, *DATA, *flags, f"--ep={epochs:.6f}"]
-    command += [f"--max_steps={steps}", f"--out_dir={directory}"]
-    command += [f"--exp_name={name}", f"--save_every_steps={steps}", "--log_every=25", "--eval_images=497"]
-    threads = max(1, (os.cpu_count() or 1) // max(2, processes))  # two runs at a time may share a machine
-    began = time.perf_counter()
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    return directory, time.perf_counter() - began
+    command = [entry, *DATA, f"--seed={SEED}", *flags, f"--ep={epochs:.6f}", f"--max_steps={steps}"]
+    command += [f"--out_dir={directory}", f"--exp_name={name}", f"--save_every_steps={steps}"]
+    return directory, launch([*command, "--log_every=25", "--eval_images=497"], processes)
 
 
 class Judge:
@@ -202,7 +208,8 @@ def main() -> None:
     out, first, more = args.out, args.flexvar_steps, args.further_steps
     runs, seconds = {}, {}
     steps = {"tokenizer": args.tokenizer_steps, "flexvar": first, "flexvar_continued": more, "sar": more}
-    base = [f"--vae_ckpt={out / 'tokenizer'}", *FLEXVAR]
+    vae_ckpt = f"--vae_ckpt={out / 'tokenizer'}"
+    base = [vae_ckpt, f"--code_cache={out / 'codes'}", *FLEXVAR]
     further = [*base, *FURTHER, f"--init_ckpt={out / 'flexvar'}"]
     stages = {
         "tokenizer": ("train_tokenizer.py", TOKENIZER, 32),
@@ -212,6 +219,11 @@ def main() -> None:
     }
     for name, (entry, flags, bs) in stages.items():
         runs[name], seconds[name] = run_stage(name, entry, flags, steps[name], out, bs)
+        if name == "tokenizer":
+            codes = [vae_ckpt, f"--out={out / 'codes'}", f"--image_size={SIZE}", f"--seed={SEED}"]
+            # As many crops as there are epochs: training sees what it would see without the cache.
+            codes += [f"--crops={math.ceil(first * 48 / 1300)}", "--shard_images=128", "--batch=128"]
+            seconds["codes"] = launch(["-m", "utils.code_cache", *DATA, *codes])
     began = time.perf_counter()
     report = {
         **evaluate(runs, out),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NEAREST_AT_ONCE = 1024  # vectors compared with the whole codebook at a time
+CACHED = 2**23  # values of a feature map that fit into a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,8 @@ class VQVAE(nn.Module):
         factor = self.config.factor
         if images.shape[-1] % factor or images.shape[-2] % factor:
             raise ValueError(f"image sides must be multiples of {factor}, got {tuple(images.shape[-2:])}")
-        return self.quant_conv(self.encoder(images))
+        parts = images.split(self.at_once(images, images.shape[-2:].numel()))
+        return torch.cat([self.quant_conv(self.encoder(part)) for part in parts])
 
     @staticmethod
     def resize(latent: Tensor, s: int) -> Tensor:
@@ -224,4 +226,10 @@ class VQVAE(nn.Module):
 
     def decode_vectors(self, vectors: Tensor, s: int) -> Tensor:
         """Normalised vectors (B, s², D) → images (B, 3, factor·s, factor·s), raw."""
-        return self.decoder(self.post_quant_conv(vectors.transpose(1, 2).unflatten(2, (s, s))))
+        maps = vectors.transpose(1, 2).unflatten(2, (s, s))  # (B, D, s, s)
+        parts = maps.split(self.at_once(maps, (s * self.config.factor) ** 2))
+        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts])
+
+    def at_once(self, x: Tensor, pixels: int) -> int:
+        """How many images of x (B, …) to put through the network at a time: on a CPU, what its cache holds."""
+        return len(x) if x.device.type != "cpu" else max(1, CACHED // (pixels * self.config.base_width))

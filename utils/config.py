@@ -117,6 +117,13 @@ class SARConfig:
 
 
 @dataclass(frozen=True)
+class SpeedConfig:
+    """Speed and memory"""
+
+    code_cache: str = ""  # train from codes that scripts/cache_codes.sh wrote there: no image is read or encoded
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """Logging"""
 
@@ -190,6 +197,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sar: SARConfig = field(default_factory=SARConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
     run: TrainRunConfig = field(default_factory=TrainRunConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     log: LogConfig = field(default_factory=LogConfig)

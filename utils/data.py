@@ -113,10 +113,17 @@ class Views(Dataset):
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
         epoch, index = key
+        images, label = self.views(index, [epoch])
+        return images[0], label
+
+    def views(self, index: int, epochs: Sequence[int]) -> tuple[Tensor, int]:
+        """An image, read once, as several epochs see it (epochs, 3, size, size), and its label."""
         image, label = self.source[index]
-        rng = random.Random(f"view/{self.seed}/{epoch}/{index}") if self.training else None
-        pixels = np.array(self.view(image.convert("RGB"), self.size, rng), dtype=np.float32)  # (size, size, 3), 0…255
-        return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1, label
+        image, pixels = image.convert("RGB"), []
+        for epoch in epochs:
+            rng = random.Random(f"view/{self.seed}/{epoch}/{index}") if self.training else None
+            pixels.append(np.array(self.view(image, self.size, rng), dtype=np.float32))  # (size, size, 3), 0…255
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1, label
 
 
 @lru_cache
@@ -223,12 +230,13 @@ def accumulation(batch: int, micro_batch: int, world: int) -> int:
 
 
 def make_loader(
-    dataset: Views, sampler: Sampler | Sequence[list[Key]], workers: int, device: torch.device
+    dataset: Dataset, sampler: Sampler | Sequence[list[Key]], workers: int, device: torch.device
 ) -> DataLoader:
-    """Batches (images, labels) in the sampler's order."""
+    """Batches (images or codes, labels) in the sampler's order."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
+        collate_fn=getattr(dataset, "collate", None),  # a data set that reads whole batches has its own
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import os
 import sys
@@ -66,14 +67,25 @@ def data_parallel(module: nn.Module) -> DistributedDataParallel:
     return DistributedDataParallel(module, **{name: False})
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed. By default it returns each large tensor to the system, and faults it in again page
+    by page when the next one is made: a sixth of the tokenizer's time on a CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            mallopt(option, 2**31 - 1)
+
+
 def alone() -> Ranks:
     """One process, on its GPU or CPU, whatever the environment says of others."""
+    keep_freed_memory()
     return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @contextmanager
 def ranks(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
     """Join the process group that torchrun describes in the environment, or run alone."""
+    keep_freed_memory()
     local = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         device = torch.device("cuda", local)

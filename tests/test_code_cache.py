@@ -1,0 +1,165 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.scales import ScaleSchedule
+from tests.conftest import ALONE, ROOT, config_of, run, torchrun
+from train import build as build_trainer
+from utils import code_cache
+from utils.code_cache import CacheConfig, CacheFlags, CodeCache, build, open_cache
+from utils.config import DataConfig
+from utils.data import encode_batch, make_loader, open_dataset
+
+
+def flags_of(small_vae_file, out, **changed):
+    settings = {"image_size": 16, "crops": 3, "batch": 64, "shard_images": 500, **changed}
+    config = CacheConfig(out=str(out), vae_ckpt=str(small_vae_file), **settings)
+    return CacheFlags(config, DataConfig(dataset="digits", workers=0))
+
+
+@pytest.fixture(scope="module")
+def cache(small_vae_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cache") / "codes"
+    build(flags_of(small_vae_file, out), ALONE)
+    return out
+
+
+@pytest.fixture(scope="module")
+def tiny_vae(small_vae_file):
+    from utils.checkpoint import load_tokenizer
+
+    return load_tokenizer(small_vae_file)
+
+
+def test_codes_equal_those_encoded_on_the_fly(cache, tiny_vae):
+    schedule = ScaleSchedule((1, 3, 4))
+    for split, epochs in (("train", [0, 1, 2, 5]), ("val", [0, 7])):
+        cached = open_cache(cache, tiny_vae, "latent", 16, split)
+        views = open_dataset(DataConfig(dataset="digits"), 16, 0, split)
+        assert len(cached) == len(views)
+        assert cached.classes == views.classes
+        keys = [
+            (epoch, index) for epoch in epochs for index in (0, 499 if split == "train" else 99, 17, len(views) - 1)
+        ]
+        codes, labels = next(iter(make_loader(cached, [keys], 0, ALONE.device)))
+        found = cached.code_batch(codes, labels, schedule)
+        seen = [(epoch % 3 if split == "train" else 0, index) for epoch, index in keys]
+        images, wanted_labels = next(iter(make_loader(views, [seen], 0, ALONE.device)))
+        wanted = encode_batch(tiny_vae, images, wanted_labels, schedule)
+        assert torch.equal(found.labels, wanted.labels)
+        assert torch.equal(found.tokens(schedule), wanted.tokens(schedule))
+
+
+def test_a_run_from_the_cache_equals_one_from_images(cache, flags, tmp_path, monkeypatch):
+    runs = {}
+    for name, more in (("images", []), ("cache", [f"--code_cache={cache}"])):
+        runs[name] = build_trainer(config_of(flags, *more, f"--out_dir={tmp_path / name}"), ALONE)
+        if name == "cache":  # neither an image nor the tokenizer's encoder is touched
+            monkeypatch.setattr(runs[name].vae, "encode", None)
+            monkeypatch.setattr("utils.data.digits", None)
+        runs[name].fit()
+    for (name, a), b in zip(
+        runs["images"].model.state_dict().items(), runs["cache"].model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    held_out = [json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[-1])["val/loss"] for n in runs]
+    assert held_out[0] == held_out[1]
+
+
+def test_the_loaders_workers_read_the_same(cache, tiny_vae):
+    cached, keys = open_cache(cache, tiny_vae, "latent", 16, "train"), [[(0, 3), (1, 800)], [(2, 5), (0, 1299)]]
+    for a, b in zip(*(make_loader(cached, keys, n, ALONE.device) for n in (0, 2)), strict=True):
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])
+
+
+def test_two_ranks_write_the_same_files(cache, small_vae_file, tmp_path):
+    torchrun(2, "-m", "utils.code_cache", f"--out={tmp_path / 'c'}", f"--vae_ckpt={small_vae_file}", "--batch=64",
+             "--dataset=digits", "--workers=0", "--image_size=16", "--crops=3", "--shard_images=500")  # fmt: skip
+    for path in cache.rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / "c" / path.relative_to(cache)).read_bytes(), path
+
+
+def test_a_killed_build_goes_on_and_ends_the_same(cache, small_vae_file, tmp_path):
+    out = tmp_path / "c"
+    command = [sys.executable, "-m", "utils.code_cache", f"--out={out}", f"--vae_ckpt={small_vae_file}"]
+    command += ["--dataset=digits", "--workers=0", "--image_size=16", "--crops=3", "--batch=64", "--shard_images=500"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "train/shard_00000.npy").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "manifest.json").exists()
+    written = (out / "train/shard_00000.npy").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="no finished code cache"):
+        code_cache.read_manifest(out)
+    run(*command)
+    assert (out / "train/shard_00000.npy").stat().st_mtime_ns == written  # kept, not made again
+    assert (out / "manifest.json").read_bytes() == (cache / "manifest.json").read_bytes()
+
+
+def test_a_cache_that_does_not_fit_is_refused(cache, flags, vae, tiny_vae, small_vae_file, tmp_path):
+    with pytest.raises(ValueError, match="another tokenizer_sha256"):
+        open_cache(cache, vae, "latent", 16, "train")
+    with pytest.raises(ValueError, match="another supervision"):
+        open_cache(cache, tiny_vae, "image", 16, "train")
+    with pytest.raises(ValueError, match="another image_size: 16, not 32"):
+        open_cache(cache, tiny_vae, "latent", 32, "train")
+    with pytest.raises(ValueError, match="other settings"):
+        build(flags_of(small_vae_file, cache, crops=4), ALONE)
+    done = run(sys.executable, "train.py", *flags, f"--code_cache={tmp_path}", "--check", check=False)
+    assert done.returncode == 1
+    assert "no finished code cache" in done.stderr
+
+
+def test_damage_is_found(cache, tiny_vae, tmp_path):
+    copy = tmp_path / "c"
+    shutil.copytree(cache, copy)
+    verify = [sys.executable, "-m", "utils.code_cache", f"--out={copy}", "--verify"]
+    assert "4 shards" in run(*verify).stdout  # three of training, one held out
+    shard = copy / "train/shard_00001.npy"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    done = run(*verify, check=False)
+    assert done.returncode == 1
+    assert str(shard) in done.stderr
+    shard.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=r"shard_00001\.npy is missing or damaged"):
+        CodeCache(copy, "train")
+    done = run(sys.executable, "-m", "utils.code_cache", "--verify", check=False)
+    assert done.returncode == 1
+    assert "--out is missing" in done.stderr
+
+
+def test_a_folder_of_photographs(tmp_path, small_vae_file, tiny_vae):
+    for name in ("train/cat", "train/dog"):
+        (tmp_path / name).mkdir(parents=True)
+        pixels = np.random.default_rng(len(name)).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name / "a.png")
+    out = tmp_path / "codes"
+    data = f"--data_path={tmp_path}"
+    run("bash", "scripts/cache_codes.sh", data, f"--out={out}", f"--vae_ckpt={small_vae_file}", "--image_size=16",
+        "--crops=2", "--workers=1", PYTHON=sys.executable, NPROC="1")  # fmt: skip
+    cached = open_cache(out, tiny_vae, "latent", 16, "train")
+    assert cached.classes == ["cat", "dog"]
+    assert open_cache(out, tiny_vae, "latent", 16, "val") is None
+    views = open_dataset(DataConfig(data_path=str(tmp_path)), 16, 0, "train")
+    for key in ((0, 0), (1, 1)):
+        image, label = views[key]
+        batch = encode_batch(tiny_vae, image[None], torch.tensor([label]), cached.sides)
+        codes, found = cached[key]
+        assert found == label
+        assert torch.equal(codes[None].long(), batch.tokens(cached.sides))
