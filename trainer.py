@@ -25,7 +25,7 @@ from models.vqvae import VQVAE
 from utils.checkpoint import RunState, latest_checkpoint, load_checkpoint, save_checkpoint
 from utils.config import TokenizerTrainConfig, TrainConfig
 from utils.data import CodeBatch, StepSampler, Views, accumulation, encode_batch, make_loader
-from utils.distributed import Ranks, data_parallel
+from utils.distributed import Ranks, data_parallel, gathered, shard, shared_like
 from utils.log import Meter, Progress, make_logger
 from utils.optim import MovingAverage, Precision, derive_seed, learning_rate, make_optimizer, update
 from utils.pictures import grid, save_picture, spread_labels, square
@@ -55,10 +55,11 @@ class Loop(ABC):
         self.config, self.ranks, self.directory = config, ranks, config.run.directory
         self.train_set, self.val_set = train_set, val_set
         self.model = model.to(ranks.device)
+        self.ema = MovingAverage(self.model, optim.ema) if optim.ema else None
+        self.sharded = False  # then all ranks must run whatever runs the model
         self.network = (forward or model).to(ranks.device)
         if ranks.world > 1:
-            self.network = data_parallel(self.network)
-        self.ema = MovingAverage(self.model, optim.ema) if optim.ema else None
+            self.spread()
         self.optimizer = make_optimizer(model, optim)
         self.precision = Precision(optim.precision, ranks.device)
         self.micro_batch = optim.micro_batch or optim.bs // ranks.world
@@ -67,9 +68,15 @@ class Loop(ABC):
         self.total_steps = max(1, math.ceil(optim.ep * self.epoch_steps))
         self.stop_step = min(self.total_steps, optim.max_steps or self.total_steps)
         held_out = min(config.watch.eval_images, len(val_set) if val_set is not None else 0)
+        if self.sharded:
+            held_out -= held_out % ranks.world  # equally many batches on every rank
         self.held_out_images = held_out if held_out >= ranks.world else 0  # every rank must have its share
         self.step = 0
         self.meter = Meter()
+
+    def spread(self) -> None:
+        """Make the ranks train one model: DDP."""
+        self.network = data_parallel(self.network)
 
     # ------------------------------------------------------------------------------- what a run defines
 
@@ -115,10 +122,11 @@ class Loop(ABC):
                     values = self.held_out()
                     log.scalars({f"val/{name}": value for name, value in values.items()}, self.step)
                     progress.say(f"step {self.step}: held-out loss {values['loss']:.4f}")
-                if self.due(watch.vis_every) and watch.vis_num_samples and self.ranks.first:
+                if self.due(watch.vis_every) and watch.vis_num_samples and (self.ranks.first or self.sharded):
                     picture = self.picture()
-                    save_picture(picture, self.directory / f"samples/step_{self.step:07d}.png")
-                    log.image("samples", picture, self.step)
+                    if self.ranks.first:
+                        save_picture(picture, self.directory / f"samples/step_{self.step:07d}.png")
+                        log.image("samples", picture, self.step)
                 if self.due(run.save_every_steps or self.epoch_steps):
                     if self.meter.sums:  # steps since the last log line: nothing unchecked is saved
                         self.check_finite(self.meter.peek(self.ranks))
@@ -189,7 +197,7 @@ class Loop(ABC):
 
     def gradients_stay_here(self, stay: bool) -> AbstractContextManager:
         """DDP averages the gradients over the ranks with the last micro-batch only."""
-        return self.network.no_sync() if stay and self.ranks.world > 1 else nullcontext()
+        return self.network.no_sync() if stay and hasattr(self.network, "no_sync") else nullcontext()
 
     def describe_batch(self) -> str:
         bs, world = self.config.optim.bs, self.ranks.world
@@ -203,9 +211,11 @@ class Loop(ABC):
 
     def save(self) -> None:
         """Everything that `resume` needs."""
+        models = (self.model, self.averaged)
+        weights, average = (gathered(m.state_dict()) if m is not None else None for m in models)
+        state = RunState(self.step, gathered(self.optimizer.state_dict()), self.precision.scaler.state_dict())
         if self.ranks.first:
-            state = RunState(self.step, self.optimizer.state_dict(), self.precision.scaler.state_dict())
-            save_checkpoint(self.directory, state, self.model, self.averaged, self.config.run.keep)
+            save_checkpoint(self.directory, state, weights, average, self.config.run.keep)
         self.ranks.wait()
 
     def resume(self) -> None:
@@ -220,6 +230,11 @@ class Loop(ABC):
             return
         state = load_checkpoint(newest, self.model, self.averaged)
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for i, moments in state.optimizer["state"].items():
+            state.optimizer["state"][i] = {
+                name: shared_like(x, parameters[i]) if x.ndim else x for name, x in moments.items()
+            }
         self.optimizer.load_state_dict(state.optimizer)
         for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay  # what the command says, not what the checkpoint says
@@ -247,10 +262,23 @@ class Trainer(Loop):
         encode: Encode | None = None,
     ):
         """`encode` turns what the data sets yield into codes; by default they are images, for the tokenizer."""
+        model.checkpoint_activations = config.speed.checkpoint_activations
         super().__init__(config, model, train_set, val_set, ranks)
+        if config.speed.compile:
+            for block in model.blocks:
+                block.compile_parts()
         self.vae = vae.to(ranks.device)
         self.codebook = self.vae.codebook  # (V, D), frozen
         self.encode = encode or partial(encode_batch, self.vae, supervision=config.model.supervision)
+
+    def spread(self) -> None:
+        """DDP, or with --parallel fsdp each rank's share of the model and of its average."""
+        if self.config.speed.parallel == "ddp":
+            return super().spread()
+        for model in filter(None, (self.model, self.averaged)):
+            shard(model, model.shard_units(), methods=("begin", "step"))
+        self.sharded = True
+        return None
 
     def micro_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         schedule = self.schedule()
@@ -315,7 +343,7 @@ class Trainer(Loop):
     def picture(self) -> Tensor:
         """Samples of fixed seeds and classes (3, H, W) in [0, 1]."""
         watch = self.config.watch
-        model = self.ema.module if watch.vis_ema else self.model
+        model = self.averaged if watch.vis_ema else self.model
         n = watch.vis_num_samples
         with self.precision.autocast():
             images = generate(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.layers import Attend, Block, CachedAttention, HeadNorm, ScaleCausalAttention
 from models.scales import ScaleSchedule
@@ -71,7 +72,13 @@ class FlexVAR(nn.Module):
         self.blocks = nn.ModuleList(Block(width, config.heads, p) for p in drop_paths)
         self.head_nm = HeadNorm(width)
         self.head = nn.Linear(width, config.codebook_size)
+        self.checkpoint_activations = False  # keep only the blocks' inputs for backward, and compute the rest again
         self.init_weights()
+
+    def shard_units(self) -> list[nn.Module]:
+        """The parts that fully sharded training gathers one at a time, inner ones first."""
+        # A block's modulation is computed before the block runs.
+        return [part for block in self.blocks for part in (block.ada_lin, block)]
 
     @property
     def null_class(self) -> int:
@@ -169,7 +176,10 @@ class FlexVAR(nn.Module):
     def trunk(self, x: Tensor, modulations: list[Tensor], head_modulation: Tensor, attentions: list[Attend]) -> Tensor:
         """Embedded tokens (B, L, C) → the features (B, L, C) that the head reads."""
         for block, modulation, attention in zip(self.blocks, modulations, attentions, strict=True):
-            x = block(x, modulation, attention)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, modulation, attention, use_reentrant=False)
+            else:
+                x = block(x, modulation, attention)
         return self.head_nm(x, head_modulation)
 
 

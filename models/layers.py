@@ -141,7 +141,7 @@ class Block(nn.Module):
         gate1, gate2 = self.keep_path(gate1), self.keep_path(gate2)
         return self.after_attention(x, attention(q, k, v), gate1, gate2, scale2, shift2)
 
-    # Everything but attention, whose products depend on the schedule, lies in these two: --compile compiles them.
+    # Everything but attention, whose products depend on the schedule, lies in these two.
 
     def before_attention(self, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.attn.project(modulate(x, scale, shift))
@@ -151,6 +151,11 @@ class Block(nn.Module):
     ) -> Tensor:
         x = torch.addcmul(x, gate1, self.attn.merge(out))
         return torch.addcmul(x, gate2, self.ffn(modulate(x, scale, shift)))
+
+    def compile_parts(self) -> None:
+        """Compile all but attention, once for any number of tokens."""
+        self.before_attention = torch.compile(self.before_attention, dynamic=True)
+        self.after_attention = torch.compile(self.after_attention, dynamic=True)
 
     def keep_path(self, gate: Tensor) -> Tensor:
         """Stochastic depth: the branch of an image is dropped, or kept and scaled so that its mean stays."""

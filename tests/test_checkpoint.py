@@ -141,7 +141,8 @@ def test_checkpoints_of_a_run(model, tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ema = fill(FlexVAR(model.config), 5)
     for step in (1, 2, 30):
-        save_checkpoint(tmp_path, RunState(step, optimizer.state_dict(), {}), model, ema, keep=2)
+        state = RunState(step, optimizer.state_dict(), {})
+        save_checkpoint(tmp_path, state, model.state_dict(), ema.state_dict(), keep=2)
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["step_0000002", "step_0000030"]
     newest = latest_checkpoint(tmp_path)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from models.flexvar import FlexVAR, FlexVARConfig
 from models.vqvae import VQVAE, VQVAEConfig
 from pretrained.download import FILES
+from utils.distributed import shared_like
 
 StateDict = dict[str, Tensor]
 
@@ -98,6 +99,7 @@ def load_strictly(module: nn.Module, weights: StateDict, source: str | Path, ass
         raise ValueError(f"{source} does not fit this model:" + "".join(lines))
     if assign:
         weights = {name: t.float() if t.is_floating_point() else t for name, t in weights.items()}
+    weights = {name: shared_like(tensor, own[name]) for name, tensor in weights.items()}
     module.load_state_dict(weights, assign=assign)
 
 
@@ -182,15 +184,15 @@ class RunState:
     scaler: dict
 
 
-def save_checkpoint(directory: Path, state: RunState, model: nn.Module, ema: nn.Module | None, keep: int) -> Path:
+def save_checkpoint(directory: Path, state: RunState, model: StateDict, ema: StateDict | None, keep: int) -> Path:
     """Write DIRECTORY/checkpoints/step_N: complete or not at all. Only the newest `keep` stay."""
     root = directory / "checkpoints"
     target, partial = root / f"step_{state.step:07d}", root / f".partial_{state.step:07d}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_weights(model, partial / MODEL)
+    save_tensors(model, partial / MODEL)
     if ema is not None:
-        save_weights(ema, partial / EMA)
+        save_tensors(ema, partial / EMA)
     torch.save(vars(state), partial / STATE)
     if target.exists():
         shutil.rmtree(target)
@@ -202,7 +204,11 @@ def save_checkpoint(directory: Path, state: RunState, model: nn.Module, ema: nn.
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """A model's state dict as safetensors."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, path)
+    save_tensors(model.state_dict(), path)
+
+
+def save_tensors(tensors: StateDict, path: Path) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def latest_checkpoint(directory: Path) -> Path | None:

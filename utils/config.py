@@ -121,6 +121,10 @@ class SpeedConfig:
     """Speed and memory"""
 
     code_cache: str = ""  # train from codes that scripts/cache_codes.sh wrote there: no image is read or encoded
+    compile: bool = False  # torch.compile the blocks, all but their attention
+    checkpoint_activations: bool = False  # keep only the blocks' inputs and compute the rest again in backward
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """several ranks: ddp keeps the whole model on each; fsdp shares out parameters, gradients and optimiser state"""
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_watch(self)
+        if self.speed.parallel == "fsdp" and self.optim.precision == "fp16":
+            raise ValueError("--parallel fsdp does not go with --precision fp16: use bf16 or fp32")
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,19 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,35 @@ def data_parallel(module: nn.Module) -> DistributedDataParallel:
     # 1×1 convolutions report their gradients' strides differently from DDP's buckets; nothing is slower for it.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(module, **{name: False})
+
+
+def shard(model: nn.Module, units: Iterable[nn.Module], methods: Sequence[str] = ()) -> None:
+    """FSDP2 in place: every rank keeps its share of each unit, and gathers a unit when it runs.
+
+    `methods` are those, beside `forward`, by which the model is called.
+    """
+    for unit in units:
+        fully_shard(unit)
+    fully_shard(model)
+    for method in methods:
+        register_fsdp_forward_method(model, method)
+
+
+def gathered(tree: Any) -> Any:
+    """Any nest of tensors, whole: the shares of sharded ones collected. Every rank must take part."""
+    return tree_map(lambda x: x.full_tensor().cpu() if isinstance(x, DTensor) else x, tree)
+
+
+def shared_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's share of a whole tensor, if `like` is sharded; else the tensor as it is."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def keep_freed_memory() -> None:

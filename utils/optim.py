@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from utils.config import OptimConfig
+from utils.distributed import gathered, local
 
 NO_DECAY = ("pos_1LC", "pos_start", "scale_mul_1H11")
 HOLD = 0.05  # of the run at the peak before the learning rate falls
@@ -72,13 +73,14 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - self.decay)
+        average, current = ([local(p) for p in m.parameters()] for m in (self.model, model))
+        torch._foreach_lerp_(average, current, 1 - self.decay)
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, clip: float) -> torch.Tensor:
     """One optimiser step from the accumulated gradients. Returns their norm before clipping."""
     precision.scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
+    norm = gathered(nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf")))
     precision.scaler.step(optimizer)
     precision.scaler.update()
     optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,58 @@
+"""Attention of a training step by scale groups against one dense mask, forward and backward.
+
+python -m benchmarks.attention --batch 2 --heads 16
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common import Ruler, show
+from models import ScaleSchedule
+from models.layers import ScaleCausalAttention, attend
+from utils.distributed import alone
+
+SCHEDULES = ["1_2_3_4_5_6_8_10", "1_2_3_4_5_6_8_10_13", "1_2_3_4_5_6_8_10_13_16", "1_2_3_5_7_9_12_16"]
+
+
+def dense(schedule: ScaleSchedule, device: torch.device):
+    """Attention under one (L, L) mask."""
+    mask = torch.zeros(schedule.total, schedule.total, dtype=torch.bool, device=device)
+    for start, end in zip(schedule.offsets[:-1], schedule.offsets[1:], strict=True):
+        mask[start:end, :end] = True
+    return lambda q, k, v: attend(q, k, v, mask)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=15)
+    args = parser.parse_args()
+    device = alone().device
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    ruler, rows = Ruler(device, dtype), []
+    for text in SCHEDULES:
+        schedule = ScaleSchedule.parse(text)
+        shape = (args.batch, schedule.total, args.heads, 64)
+        leaves = [F.normalize(torch.randn(shape, device=device), dim=-1).to(dtype).requires_grad_() for _ in range(3)]
+        up = torch.randn(shape, device=device).to(dtype).transpose(1, 2)
+
+        def run(attention) -> tuple[Tensor, ...]:
+            out = attention(*(x.transpose(1, 2) for x in leaves))  # noqa: B023
+            return torch.autograd.grad(out, leaves, up)  # noqa: B023
+
+        groups, one_mask = ScaleCausalAttention(schedule, device), dense(schedule, device)
+        times = [ruler.measure(lambda a=a: run(a), args.repeats, 3).seconds * 1e3 for a in (groups, one_mask)]
+        rows.append(
+            {"L": schedule.total, "groups ms": times[0], "dense mask ms": times[1], "speed-up": times[1] / times[0]}
+        )
+    show(f"attention, batch {args.batch}, {args.heads} heads, forward and backward", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""One training step, whole and in parts: seconds, images/s, share of the device's matrix-product speed, memory.
+
+    python -m benchmarks.train_step --batch 2 --ssr last --precision fp32             # images, encoded on the fly
+    python -m benchmarks.train_step --batch 2 --ssr all --precision fp32 --cached     # from a code cache
+    python -m benchmarks.train_step --batch 8 --plain          # every logit kept, and the guided half's graph
+
+Everything runs through `train.build` and `Trainer.train_step`, on noise images and freshly initialised weights of the
+released sizes. Several values of --batch, --depth or --pn give a row each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+import trainer as trainer_module
+from benchmarks.common import ENCODE_FLOPS, Clock, Ruler, forward_flops, peak_memory, random_images, reset_peak, show
+from models import VQVAE, ScaleSchedule
+from models.pipeline import to_pil
+from models.sampling import guide, sample_tokens
+from models.scales import shift_all
+from sar_trainer import Rollout, SARTrainer, rollout_guidance
+from train import TRAINERS, build
+from utils.checkpoint import save_weights
+from utils.code_cache import CacheConfig, CacheFlags
+from utils.code_cache import build as build_cache
+from utils.config import DataConfig, TrainConfig
+from utils.data import CodeBatch
+from utils.distributed import alone
+from utils.flags import parse
+
+DEFAULT = "1_2_3_4_5_6_8_10_13_16"
+
+
+class PlainSAR(SARTrainer):
+    """The step without any of its economies: the guided half in the graph, all logits in fp32, every scale drawn."""
+
+    def compute_loss(self, batch: CodeBatch, schedule: ScaleSchedule) -> tuple[Tensor, dict[str, Tensor]]:
+        sar, truth, n = self.config.sar, batch.tokens(schedule), len(batch.labels)
+        inputs = shift_all(truth, self.codebook, schedule)
+        labels = torch.cat([batch.labels, torch.full_like(batch.labels, self.model.null_class)])
+        logits = self.network(labels, inputs.repeat(2, 1, 1), schedule).float()
+        loss = F.cross_entropy(logits[:n].flatten(0, 1), truth.flatten())
+        weights = rollout_guidance(sar).weights(schedule.sides)
+        halves = zip(schedule.split(logits[:n]), schedule.split(logits[n:]), strict=True)
+        guided = torch.cat([guide(c, u, w) for (c, u), w in zip(halves, weights, strict=True)], dim=1)
+        rollout = sample_tokens(
+            guided.detach(), sar.sf_top_k, sar.sf_top_p, torch.rand(truth.shape, device=truth.device)
+        )
+        second = self.network(batch.labels, shift_all(rollout, self.codebook, schedule), schedule).float()
+        loss = loss + sar.csf_weight * F.cross_entropy(second[:, 1:].flatten(0, 1), rollout[:, 1:].flatten())
+        return loss, {"loss": loss.detach()}
+
+
+def step_flops(args: argparse.Namespace, trainer: SARTrainer) -> float:
+    """Counted FLOPs of an image's step: forward ×3 where there is a gradient."""
+    schedule, config = trainer.config.model.scales, trainer.model.config
+    forward, sar = forward_flops(config, schedule), args.mode == "csfl"
+    second = schedule if args.ssr == "all" else ScaleSchedule((1, schedule.sides[-1]))
+    flops = 3 * forward + sar * (3 * forward_flops(config, second) + forward * (args.rollout == "cfg"))
+    return flops if args.cached else flops + ENCODE_FLOPS
+
+
+def make_trainer(args: argparse.Namespace, depth: int, batch: int, pn: str, directory: Path) -> SARTrainer:
+    """A trainer as `train.py` builds it."""
+    vae, data = directory / "vae.safetensors", directory / "data"
+    if not vae.exists():
+        torch.manual_seed(0)
+        save_weights(VQVAE(), vae)
+        (data / "train/class").mkdir(parents=True)
+        for i, image in enumerate(to_pil(random_images(8, 256))):
+            image.save(data / f"train/class/{i}.jpg")
+            Image.open(data / f"train/class/{i}.jpg").load()
+    flags = [f"--data_path={data}", f"--workers={args.workers}", f"--vae_ckpt={vae}", f"--depth={depth}"]
+    flags += [
+        f"--pn={pn}",
+        "--schedule=fixed",
+        f"--bs={batch}",
+        "--ep=100000",
+        "--vis_num_samples=0",
+        "--num_classes=1000",
+    ]
+    flags += [
+        f"--precision={args.precision}",
+        f"--training_mode={args.mode}",
+        f"--out_dir={directory / 'run'}",
+        *args.flags,
+    ]
+    if args.mode == "csfl":
+        flags += [f"--ssr={args.ssr}", f"--rollout={args.rollout}"]
+    if args.cached:
+        config = CacheConfig(out=str(directory / "codes"), vae_ckpt=str(vae), crops=1)
+        build_cache(CacheFlags(config, DataConfig(data_path=str(data), workers=0)), alone())
+        flags += [f"--code_cache={directory / 'codes'}"]
+    if args.plain:
+        TRAINERS["csfl"] = PlainSAR
+    return build(parse(TrainConfig, flags), alone())
+
+
+def parts_of(trainer: SARTrainer, batches, repeats: int) -> dict[str, float]:
+    """Seconds a step of each part."""
+    clock = Clock(trainer.ranks.device)
+
+    class Timed:
+        def __next__(self):
+            with clock.part("data"):
+                return next(batches)
+
+    trainer.encode = clock.around(trainer.encode, "encode")
+    trainer.compute_loss = clock.around(trainer.compute_loss, "forward")
+    kept = (Rollout.look, torch.Tensor.backward, trainer_module.update)
+    if isinstance(trainer, SARTrainer):
+        trainer.plan = clock.around(trainer.plan, "unconditional half")
+        trainer.student_loss = clock.around(trainer.student_loss, "second pass")
+    Rollout.look = clock.around(Rollout.look, "rollout")
+    torch.Tensor.backward = clock.around(torch.Tensor.backward, "backward")
+    trainer_module.update = clock.around(trainer_module.update, "optimiser")
+    try:
+        for _ in range(repeats):
+            with clock.part("other"):
+                trainer.train_step(Timed())
+    finally:
+        Rollout.look, torch.Tensor.backward, trainer_module.update = kept
+    return {f"{name} s": seconds / repeats for name, seconds in clock.seconds.items()}
+
+
+def measure(args: argparse.Namespace, depth: int, batch: int, pn: str) -> dict[str, object]:
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = make_trainer(args, depth, batch, pn, Path(directory))
+        device = trainer.ranks.device
+        ruler, batches = Ruler(device, trainer.precision.dtype), iter(trainer.loader())
+        trainer.train_step(batches)
+        reset_peak(device)
+        timing = ruler.measure(lambda: trainer.train_step(batches), args.repeats, warm_up=1)
+        flops = batch * step_flops(args, trainer)
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        row = {"depth": depth, "batch": batch, "tokens": ScaleSchedule.parse(pn).total}
+        row |= {"precision": trainer.precision.name, "s": timing.seconds, "G": timing.products}
+        row |= {"floor G": flops / ruler.flops, "images/s": batch / timing.seconds}
+        row |= {"TFLOP/s": flops / timing.seconds / 1e12, "MFU": flops / ruler.flops / timing.products}
+        row |= {"peak GiB": peak_memory(device), "of it parameters, gradients, Adam": 16 * parameters / 2**30}
+        return {**row, **(parts_of(trainer, batches, args.repeats) if args.parts else {})}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[2])
+    parser.add_argument("--depth", type=int, nargs="+", default=[16])
+    parser.add_argument("--pn", nargs="+", default=[DEFAULT])
+    parser.add_argument("--mode", default="csfl", choices=["csfl", "teacher_forcing"])
+    parser.add_argument("--ssr", default="all", choices=["all", "last"])
+    parser.add_argument("--rollout", default="cfg", choices=["argmax", "sample", "cfg"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--cached", action="store_true", help="from a code cache instead of images")
+    parser.add_argument("--plain", action="store_true", help="the slow form, to compare with")
+    parser.add_argument("--parts", action="store_true", help="also the seconds of each part")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--flags", nargs="*", default=[], help="more flags of train.py: --flags=--compile")
+    args = parser.parse_args()
+    rows = [measure(args, *setting) for setting in product(args.depth, args.batch, args.pn)]
+    show(f"train_step {args.mode} {args.ssr} {args.rollout}{' cached' * args.cached}{' plain' * args.plain}", rows)
+
+
+if __name__ == "__main__":
+    main()
