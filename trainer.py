@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from models.flexvar import FlexVAR
 from models.head import Look, head_losses
+from models.layers import kernel_for
 from models.sampling import Guidance, evaluating, generate
 from models.scales import ScaleSchedule, draw_schedule, shift_all
 from models.vqvae import VQVAE
@@ -360,6 +361,14 @@ class Trainer(Loop):
 
     def describe(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())
-        return (
-            f"{self.config.sar.training_mode}: FlexVAR-d{self.model.config.depth}, {parameters / 1e6:.1f} M parameters"
-        )
+        kernel = kernel_for(self.ranks.device, self.precision.dtype)
+        speed = self.config.speed
+        parts = [
+            f"{self.config.sar.training_mode}: FlexVAR-d{self.model.config.depth}, {parameters / 1e6:.1f} M parameters",
+            f"attention by {kernel[0] if kernel else 'PyTorch'}",
+            f"codes from {speed.code_cache}" if speed.code_cache else "images encoded on the fly",
+            *(["blocks compiled"] if speed.compile else []),
+            *(["activations checkpointed"] if speed.checkpoint_activations else []),
+            *(["sharded over the ranks"] if self.sharded else []),
+        ]
+        return ", ".join(parts)

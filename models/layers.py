@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -61,8 +62,35 @@ class CachedAttention:
         return attend(q, self.k[:, :, :end], self.v[:, :, :end])
 
 
+def find_kernel() -> tuple[str, Attend] | None:
+    """flash-attn or xformers, whichever is installed and loads: its name, and attention over (B, L, H, d)."""
+    try:
+        from flash_attn import flash_attn_func
+
+        return "flash-attn", partial(flash_attn_func, softmax_scale=1.0)
+    except (ImportError, OSError):  # OSError: its library does not fit this machine
+        pass
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        return "xformers", partial(memory_efficient_attention, scale=1.0)
+    except (ImportError, OSError):
+        return None
+
+
+KERNEL = find_kernel()
+
+
+def kernel_for(device: torch.device, dtype: torch.dtype) -> tuple[str, Attend] | None:
+    """The optional kernel, where it can run: in half precision on a GPU. Else PyTorch's own does everything."""
+    return KERNEL if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) else None
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """q arrives normalised and scaled by the head's temperature, so the softmax scale is 1."""
+    kernel = kernel_for(q.device, q.dtype)
+    if kernel is not None and mask is None:
+        return kernel[1](*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
 
 

@@ -1,8 +1,12 @@
 import math
+import sys
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from models import layers
 from models.layers import COARSE_TOKENS, CachedAttention, ScaleCausalAttention
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 
@@ -46,3 +50,37 @@ def test_cached_attention_equals_the_dense_mask():
     assert torch.allclose(torch.cat(parts, dim=2), dense(q, k, v, schedule), atol=1e-5)
     with pytest.raises(AssertionError, match="holds 30 tokens"):
         cache(q[:, :, :1], k[:, :, :1], v[:, :, :1])
+
+
+@pytest.mark.parametrize(("package", "name"), [("flash_attn", "flash-attn"), ("xformers", "xformers")])
+def test_an_installed_kernel_is_found_and_gets_its_own_layout(package, name, monkeypatch):
+    shapes = []
+
+    def function(q, k, v, **scale):
+        shapes.append(q.shape)
+        assert list(scale.values()) == [1.0]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    stub = types.SimpleNamespace(flash_attn_func=function, memory_efficient_attention=function)
+    monkeypatch.setitem(sys.modules, "xformers.ops", stub)
+    monkeypatch.setitem(sys.modules, "xformers", types.SimpleNamespace(ops=stub))
+    monkeypatch.setitem(sys.modules, package if package == "flash_attn" else "xformers.ops", stub)
+    found = layers.find_kernel()
+    assert found[0] == name
+    schedule, (q, k, v) = ScaleSchedule((1, 2, 5, 13)), (torch.randn(2, 3, 199, 8) for _ in range(3))
+    wanted = ScaleCausalAttention(schedule, q.device)(q, k, v)
+    monkeypatch.setattr(layers, "kernel_for", lambda device, dtype: found)
+    assert torch.allclose(ScaleCausalAttention(schedule, q.device)(q, k, v), wanted, atol=1e-6)
+    assert shapes == [(2, 169, 3, 8)]  # side 13 alone: the coarse group needs a mask, which PyTorch's own takes
+
+
+def test_no_kernel_is_found_where_none_is_and_none_runs_on_a_cpu(monkeypatch):
+    for package in ("flash_attn", "xformers", "xformers.ops"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert layers.find_kernel() is None
+    monkeypatch.setattr(layers, "KERNEL", ("some", None))
+    assert layers.kernel_for(torch.device("cpu"), torch.bfloat16) is None
+    assert layers.kernel_for(torch.device("cuda"), torch.float32) is None
+    assert layers.kernel_for(torch.device("cuda"), torch.bfloat16) == ("some", None)

@@ -13,6 +13,7 @@ from models.scales import draw_schedule
 from tests.conftest import ALONE, ROOT, config_of, torchrun, worst
 from train import build
 from utils.checkpoint import latest_checkpoint
+from utils.distributed import alone
 
 TRAIN = str(ROOT / "train.py")
 
@@ -128,3 +129,18 @@ def test_a_deep_config_shards_every_block():
     owned = {id(p) for unit in model.shard_units() for p in unit.parameters()}
     rest = {name.split(".")[0] for name, p in model.named_parameters() if id(p) not in owned}
     assert rest == {"class_emb", "pos_start", "pos_1LC", "word_embed", "head_nm", "head"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("more", [[], ["--rollout=argmax", "--ssr=last"], ["--checkpoint_activations"]])
+def test_a_step_never_waits_for_the_gpu(more, flags):
+    trainer = build(config_of(flags, "--max_steps=9", "--log_every=100", *more), alone())
+    batches = iter(trainer.loader())
+    for _ in range(2):
+        trainer.train_step(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer.train_step(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
