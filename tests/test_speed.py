@@ -74,8 +74,9 @@ def test_compiled_blocks_compute_the_same_and_compile_once(backend, model, monke
             assert all(worst(x, y) < 1e-4 for x, y in zip(db, da, strict=True))
         else:
             compiled(labels, inputs, schedule)
-        with torch.no_grad():
-            compiled(labels, inputs, schedule)
+        if step < 2 or step % 20 == 0:
+            with torch.no_grad():
+                compiled(labels, inputs, schedule)
         if step == 1:
             graphs = counters["stats"]["unique_graphs"]
             assert graphs > 0
