@@ -47,10 +47,8 @@ def main() -> None:
             return torch.autograd.grad(out, leaves, up)  # noqa: B023
 
         groups, one_mask = ScaleCausalAttention(schedule, device), dense(schedule, device)
-        times = [ruler.measure(lambda a=a: run(a), args.repeats, 3).seconds * 1e3 for a in (groups, one_mask)]
-        rows.append(
-            {"L": schedule.total, "groups ms": times[0], "dense mask ms": times[1], "speed-up": times[1] / times[0]}
-        )
+        fast, slow, ratio = ruler.compare(lambda: run(groups), lambda: run(one_mask), args.repeats)  # noqa: B023
+        rows.append({"L": schedule.total, "groups ms": fast * 1e3, "dense mask ms": slow * 1e3, "speed-up": ratio})
     show(f"attention, batch {args.batch}, {args.heads} heads, forward and backward", rows)
 
 

@@ -43,9 +43,7 @@ class Ruler:
         self.device, side = device, 8192 if device.type == "cuda" else 2048
         self.a, self.b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         self.flops = 10 * 2 * side**3
-        self.seen: list[float] = []
         self.product()
-        self.seen.clear()
 
     def product(self) -> float:
         """Seconds of ten matrix products, G."""
@@ -54,8 +52,7 @@ class Ruler:
         for _ in range(10):
             self.a @ self.b
         synchronize(self.device)
-        self.seen.append(time.perf_counter() - began)
-        return self.seen[-1]
+        return time.perf_counter() - began
 
     def measure(self, call: Callable[[], object], repeats: int, warm_up: int = 1) -> Timing:
         for _ in range(warm_up):
@@ -71,9 +68,21 @@ class Ruler:
             before = after
         return Timing(statistics.median(seconds), statistics.median(products))
 
-    def peak(self) -> float:
-        """FLOP/s of the products: what the device can do."""
-        return self.flops / statistics.median(self.seen)
+    def compare(self, a: Callable[[], object], b: Callable[[], object], repeats: int) -> tuple[float, float, float]:
+        """Median seconds of two calls that take turns, and the median of b's time over a's."""
+        times: list[tuple[float, float]] = []
+        for turn in range(repeats + 2):
+            pair = []
+            for call in (a, b):
+                synchronize(self.device)
+                began = time.perf_counter()
+                call()
+                synchronize(self.device)
+                pair.append(time.perf_counter() - began)
+            if turn > 1:  # the first two warm up
+                times.append((pair[0], pair[1]))
+        first, second = (statistics.median(pair[i] for pair in times) for i in (0, 1))
+        return first, second, statistics.median(pair[1] / pair[0] for pair in times)
 
 
 class Clock:

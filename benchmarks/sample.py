@@ -35,12 +35,13 @@ def sampler_rows(device: torch.device, repeats: int) -> list[dict[str, object]]:
     rows, ruler = [], Ruler(device, torch.float32)
     for n, spread in product((256, 2048), (1.0, 3.0)):
         logits, uniforms = spread * torch.randn(n, 8912, device=device), torch.rand(n, device=device)
-        mine = ruler.measure(lambda: sample_tokens(logits, 900, 0.95, uniforms), repeats, 3).seconds  # noqa: B023
-        usual = ruler.measure(lambda: sort_everything(logits, 900, 0.95), repeats, 3).seconds  # noqa: B023
-        rows.append(
-            {"rows": n, "logits' deviation": spread, "ms": mine * 1e3, "sort everything ms": usual * 1e3,
-             "speed-up": usual / mine}
-        )  # fmt: skip
+        mine, usual, ratio = ruler.compare(
+            lambda: sample_tokens(logits, 900, 0.95, uniforms),  # noqa: B023
+            lambda: sort_everything(logits, 900, 0.95),  # noqa: B023
+            repeats,
+        )
+        row = {"rows": n, "logits' deviation": spread, "ms": mine * 1e3, "sort everything ms": usual * 1e3}
+        rows.append({**row, "speed-up": ratio})
     return rows
 
 

@@ -221,8 +221,8 @@ def main() -> None:
         runs[name], seconds[name] = run_stage(name, entry, flags, steps[name], out, bs)
         if name == "tokenizer":
             codes = [vae_ckpt, f"--out={out / 'codes'}", f"--image_size={SIZE}", f"--seed={SEED}"]
-            # As many crops as there are epochs: training sees what it would see without the cache.
-            codes += [f"--crops={math.ceil(first * 48 / 1300)}", "--shard_images=128", "--batch=128"]
+            # FlexVAR's 17 epochs see each crop about twice.
+            codes += [f"--crops={min(8, math.ceil(first * 48 / 1300))}", "--shard_images=128", "--batch=128"]
             seconds["codes"] = launch(["-m", "utils.code_cache", *DATA, *codes])
     began = time.perf_counter()
     report = {

@@ -8,7 +8,7 @@ from models.sampling import Guidance, sample_tokens
 from models.scales import ScaleSchedule, shift_all, shift_up
 from sar_trainer import Rollout, SARTrainer
 from tests.conftest import ALONE, config_of, worst
-from train import build
+from train import TRAINERS, build
 from trainer import Trainer
 from utils.data import CodeBatch, open_dataset
 
@@ -95,6 +95,25 @@ def test_a_step_equals_the_plain_one_in_loss_and_gradient(rows, reference, model
         for name, p in model.named_parameters():
             assert worst(p.grad, gradients[name]) < 1e-4, (name, ssr, rollout, target)
         model.zero_grad()
+
+
+@pytest.mark.parametrize("mode", [["--rollout=cfg"], ["--training_mode=sf_full", "--rollout=cfg"]])
+def test_half_precision_loses_no_gradient_to_the_pass_without_one(mode, flags, vae, model, expected, schedule):
+    """Autocast remembers the weights it cast: in older torch, those of a pass without gradient were lost to all."""
+    gradients = {}
+    for precision in ("fp32", "bf16"):
+        config = config_of(flags, "--pn=1_2_3_4", *mode, f"--precision={precision}")
+        train = open_dataset(config.data, 64, 0, "train")
+        trainer = TRAINERS[config.sar.training_mode](config, model, vae, train, None, ALONE)
+        model.eval()
+        torch.manual_seed(0)
+        with trainer.precision.autocast():
+            trainer.compute_loss(batch_of(expected, schedule), schedule)[0].backward()
+        gradients[precision] = {name: p.grad for name, p in model.named_parameters()}
+        model.zero_grad()
+    for name, exact in gradients["fp32"].items():
+        assert gradients["bf16"][name] is not None, name
+        assert (gradients["bf16"][name].abs().max() > 0) == (exact.abs().max() > 0), name
 
 
 @pytest.mark.parametrize("ssr", ["all", "last"])

@@ -50,7 +50,8 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
     def autocast(self, cache: bool = True) -> AbstractContextManager:
-        """For a pass without gradient among passes with one: no cache, which would hold weights without gradient."""
+        """`cache=False` is for a pass without gradient among passes with one: older releases of torch keep the weights
+        that such a pass casts, and the others would find them without gradient."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.name != "fp32", cache_enabled=cache)
 
 
