@@ -5,4 +5,6 @@ bash "$(dirname "$0")/setup.sh"
 source "$(dirname "$0")/lib.sh"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest "$@"
+# Two tests at a time, each on one thread: threads that wait for each other's cores are many times slower.
+export OMP_NUM_THREADS=1
+exec "$PYTHON" -m pytest -n 2 --dist worksteal "$@"
