@@ -26,9 +26,9 @@ from models.vqvae import VQVAE
 from utils.checkpoint import RunState, latest_checkpoint, load_checkpoint, save_checkpoint
 from utils.config import TokenizerTrainConfig, TrainConfig
 from utils.data import CodeBatch, StepSampler, Views, accumulation, encode_batch, make_loader
-from utils.distributed import Ranks, data_parallel, gathered, shard, shared_like
+from utils.distributed import Ranks, data_parallel, gathered, shard
 from utils.log import Meter, Progress, make_logger
-from utils.optim import MovingAverage, Precision, derive_seed, learning_rate, make_optimizer, update
+from utils.optim import MovingAverage, Precision, derive_seed, learning_rate, make_optimizer, restore_optimizer, update
 from utils.pictures import grid, save_picture, spread_labels, square
 
 Metrics = dict[str, Tensor]
@@ -230,15 +230,7 @@ class Loop(ABC):
         if newest is None:
             return
         state = load_checkpoint(newest, self.model, self.averaged)
-        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for i, moments in state.optimizer["state"].items():
-            state.optimizer["state"][i] = {
-                name: shared_like(x, parameters[i]) if x.ndim else x for name, x in moments.items()
-            }
-        self.optimizer.load_state_dict(state.optimizer)
-        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
-            group["weight_decay"] = decay  # what the command says, not what the checkpoint says
+        restore_optimizer(self.optimizer, state.optimizer)
         if state.scaler:  # empty unless the run was in fp16
             self.precision.scaler.load_state_dict(state.scaler)
         self.step = state.step

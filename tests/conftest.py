@@ -113,7 +113,7 @@ def run(*command: str | Path, check: bool = True, **env: str) -> subprocess.Comp
     """A real process of the project, from its root."""
     done = subprocess.run(
         [str(c) for c in command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, text=True,
-        capture_output=True, timeout=500,
+        capture_output=True, timeout=1500,
     )  # fmt: skip
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done

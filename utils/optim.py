@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from utils.config import OptimConfig
-from utils.distributed import gathered, local
+from utils.distributed import gathered, local, shared_like
 
 NO_DECAY = ("pos_1LC", "pos_start", "scale_mul_1H11")
 HOLD = 0.05  # of the run at the peak before the learning rate falls
@@ -25,6 +25,18 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
             (decay if is_matrix else plain).append(parameter)
     groups = [{"params": decay, "weight_decay": config.twd}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Put a checkpoint's moments back, this rank's share where the parameters are sharded."""
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, moments in state["state"].items():
+        for name, x in moments.items():
+            moments[name] = shared_like(x, parameters[i]) if x.ndim else x  # the count of steps is a number
+    optimizer.load_state_dict(state)
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay  # what the command says, not what the checkpoint says
 
 
 def learning_rate(step: int, total: int, config: OptimConfig) -> float:
