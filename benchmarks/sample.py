@@ -19,7 +19,7 @@ from utils.distributed import alone
 from utils.optim import Precision
 
 
-def sort_everything(logits: Tensor, top_k: int, top_p: float, generator: torch.Generator | None = None) -> Tensor:
+def sort_everything(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """The usual sampler: a full sort for top-p, then `multinomial` (rows, V) → (rows,)."""
     logits = logits.clone()
     logits[logits < logits.topk(top_k, dim=-1).values[..., -1:]] = -torch.inf
@@ -27,7 +27,7 @@ def sort_everything(logits: Tensor, top_k: int, top_p: float, generator: torch.G
     drop = ranked.softmax(-1).cumsum(-1) <= 1 - top_p
     drop[..., -1:] = False
     logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+    return torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
 
 
 def sampler_rows(device: torch.device, repeats: int) -> list[dict[str, object]]:

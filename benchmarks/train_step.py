@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 import trainer as trainer_module
@@ -77,7 +76,6 @@ def make_trainer(args: argparse.Namespace, depth: int, batch: int, pn: str, dire
         (data / "train/class").mkdir(parents=True)
         for i, image in enumerate(to_pil(random_images(8, 256))):
             image.save(data / f"train/class/{i}.jpg")
-            Image.open(data / f"train/class/{i}.jpg").load()
     flags = [f"--data_path={data}", f"--workers={args.workers}", f"--vae_ckpt={vae}", f"--depth={depth}"]
     flags += [
         f"--pn={pn}",

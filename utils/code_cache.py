@@ -70,7 +70,7 @@ class CodeCache(Dataset):
     def __init__(self, directory: Path, split: str):
         manifest = read_manifest(directory)
         part = manifest["splits"][split]
-        self.directory, self.split = directory / split, split
+        self.directory = directory / split
         self.classes: list[str] = manifest["classes"]
         self.sides = ScaleSchedule(tuple(manifest["sides"]))
         self.crops, self.shard_rows = part["crops"], part["shard_images"] * part["crops"]
