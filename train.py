@@ -85,8 +85,7 @@ def build(config: TrainConfig, me: Ranks) -> Trainer:
     vae, wanted, encode = load_tokenizer(config.model.vae_ckpt), config.model, None
     size = wanted.scales.sides[-1] * vae.config.factor
     if config.speed.code_cache:
-        cache = Path(config.speed.code_cache)
-        train_set, val_set = (open_cache(cache, vae, wanted.supervision, size, split) for split in ("train", "val"))
+        train_set, val_set = open_cache(Path(config.speed.code_cache), vae, wanted.supervision, size)
         encode = train_set.code_batch
     else:
         train_set, val_set = (open_dataset(config.data, size, config.run.seed, split) for split in ("train", "val"))

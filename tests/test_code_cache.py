@@ -43,7 +43,7 @@ def tiny_vae(small_vae_file):
 def test_codes_equal_those_encoded_on_the_fly(cache, tiny_vae):
     schedule = ScaleSchedule((1, 3, 4))
     for split, epochs in (("train", [0, 1, 2, 5]), ("val", [0, 7])):
-        cached = open_cache(cache, tiny_vae, "latent", 16, split)
+        cached = open_cache(cache, tiny_vae, "latent", 16)[split == "val"]
         views = open_dataset(DataConfig(dataset="digits"), 16, 0, split)
         assert len(cached) == len(views)
         assert cached.classes == views.classes
@@ -76,7 +76,7 @@ def test_a_run_from_the_cache_equals_one_from_images(cache, flags, tmp_path, mon
 
 
 def test_the_loaders_workers_read_the_same(cache, tiny_vae):
-    cached, keys = open_cache(cache, tiny_vae, "latent", 16, "train"), [[(0, 3), (1, 800)], [(2, 5), (0, 1299)]]
+    cached, keys = open_cache(cache, tiny_vae, "latent", 16)[0], [[(0, 3), (1, 800)], [(2, 5), (0, 1299)]]
     for a, b in zip(*(make_loader(cached, keys, n, ALONE.device) for n in (0, 2)), strict=True):
         assert torch.equal(a[0], b[0])
         assert torch.equal(a[1], b[1])
@@ -112,11 +112,11 @@ def test_a_killed_build_goes_on_and_ends_the_same(cache, small_vae_file, tmp_pat
 
 def test_a_cache_that_does_not_fit_is_refused(cache, flags, vae, tiny_vae, small_vae_file, tmp_path):
     with pytest.raises(ValueError, match="another tokenizer_sha256"):
-        open_cache(cache, vae, "latent", 16, "train")
+        open_cache(cache, vae, "latent", 16)
     with pytest.raises(ValueError, match="another supervision"):
-        open_cache(cache, tiny_vae, "image", 16, "train")
+        open_cache(cache, tiny_vae, "image", 16)
     with pytest.raises(ValueError, match="another image_size: 16, not 32"):
-        open_cache(cache, tiny_vae, "latent", 32, "train")
+        open_cache(cache, tiny_vae, "latent", 32)
     with pytest.raises(ValueError, match="other settings"):
         build(flags_of(small_vae_file, cache, crops=4), ALONE)
     done = run(sys.executable, "train.py", *flags, f"--code_cache={tmp_path}", "--check", check=False)
@@ -153,9 +153,9 @@ def test_a_folder_of_photographs(tmp_path, small_vae_file, tiny_vae):
     data = f"--data_path={tmp_path}"
     run("bash", "scripts/cache_codes.sh", data, f"--out={out}", f"--vae_ckpt={small_vae_file}", "--image_size=16",
         "--crops=2", "--workers=1", PYTHON=sys.executable, NPROC="1")  # fmt: skip
-    cached = open_cache(out, tiny_vae, "latent", 16, "train")
+    cached = open_cache(out, tiny_vae, "latent", 16)[0]
     assert cached.classes == ["cat", "dog"]
-    assert open_cache(out, tiny_vae, "latent", 16, "val") is None
+    assert open_cache(out, tiny_vae, "latent", 16)[1] is None
     views = open_dataset(DataConfig(data_path=str(tmp_path)), 16, 0, "train")
     for key in ((0, 0), (1, 1)):
         image, label = views[key]

@@ -129,8 +129,8 @@ def read_manifest(directory: Path) -> dict:
     return manifest
 
 
-def open_cache(directory: Path, vae: VQVAE, supervision: str, size: int, split: str) -> CodeCache | None:
-    """The training ("train") or held-out ("val") part of a cache; None when it has no such part.
+def open_cache(directory: Path, vae: VQVAE, supervision: str, size: int) -> tuple[CodeCache, CodeCache | None]:
+    """The training and the held-out part of a cache; None when it has no such part.
 
     Raises ValueError when the codes are of another tokenizer, or of images of another size.
     """
@@ -139,7 +139,7 @@ def open_cache(directory: Path, vae: VQVAE, supervision: str, size: int, split: 
     for name, value in wanted.items():
         if manifest[name] != value:
             raise ValueError(f"the codes in {directory} are of another {name}: {manifest[name]}, not {value}")
-    return CodeCache(directory, split) if split in manifest["splits"] else None
+    return CodeCache(directory, "train"), CodeCache(directory, "val") if "val" in manifest["splits"] else None
 
 
 def verify(directory: Path) -> int:
