@@ -5,7 +5,6 @@ bash scripts/eval_SAR_d16.sh
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -20,17 +19,19 @@ from torch import Tensor
 
 from models.pipeline import SARPipeline, open_pipeline, to_bytes
 from models.sampling import Draw, Guidance, sample_codes
-from utils.checkpoint import digest_of, load_tokenizer, write_json
 from utils.config_sampling import EvalConfig
 from utils.distributed import Ranks, ranks
 from utils.evaluations.c2i import psnr, ssim
 from utils.evaluations.c2i.features import Extractor, make_extractor
 from utils.evaluations.c2i.images import ImageSource, Resized, fingerprint, open_images, write_npz
 from utils.evaluations.c2i.reference import IMAGENET, Reference, load_reference, save_reference
-from utils.evaluations.c2i.report import score, versions, write_report, write_sweep
+from utils.evaluations.c2i.report import score, write_report, write_sweep
 from utils.evaluations.c2i.store import FeatureStore
+from utils.files import read_array, read_json, save_array, write_json
 from utils.flags import parse
+from utils.log import versions
 from utils.optim import Precision, derive_seed, exact_convolutions
+from utils.weights import digest_of, load_tokenizer
 
 
 def label_order(total: int, classes: int, seed: int) -> Tensor:
@@ -103,7 +104,7 @@ def save_images(config: EvalConfig, directory: Path) -> Callable[[range, Tensor]
             for i, array in zip(indices, arrays, strict=True):
                 Image.fromarray(array).save(directory / f"png/{i:06d}.png")
         if config.save_npz:
-            np.save(directory / f"arrays/{indices.start:06d}.npy", arrays)
+            save_array(directory / f"arrays/{indices.start:06d}.npy", arrays)
 
     return keep
 
@@ -156,7 +157,7 @@ def evaluate_samples(
     speed = made / seconds  # with features and decoding
     if not made:  # all of it was there: the speed was measured when it was made
         record = directory / "report.json"
-        speed = json.loads(record.read_text()).get("images_per_second", 0.0) if record.is_file() else 0.0
+        speed = read_json(record).get("images_per_second", 0.0) if record.is_file() else 0.0
     return {**score(store, extractor, reference, config), "images_per_second": speed, "settings": described}
 
 
@@ -174,12 +175,12 @@ def evaluate_reconstructions(config: EvalConfig, extractor: Extractor, me: Ranks
     def compare(indices: range, images: Tensor) -> None:
         original = source.batch(indices)
         quality = torch.stack([psnr(original, images), ssim(original, images)])
-        np.save(made.directory / f"quality_{indices.start:06d}.npy", quality.numpy())
+        save_array(made.directory / f"quality_{indices.start:06d}.npy", quality.numpy())
 
     made.fill(reconstructed, extractor, "reconstructions", compare)
     if not me.first:
         return {}
-    quality = np.concatenate([np.load(p) for p in sorted(made.directory.glob("quality_*.npy"))], axis=1)
+    quality = np.concatenate([read_array(p) for p in sorted(made.directory.glob("quality_*.npy"))], axis=1)
     distances = score(made, extractor, Reference.of_store(real), config)
     renamed = {f"r{name}" if name in ("fid", "sfid") else name: value for name, value in distances.items()}
     means = {"psnr": float(quality[0].mean()), "ssim": float(quality[1].mean())}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +10,11 @@ from torch import Tensor, nn
 
 from models.sampling import evaluating
 from models.vqvae import VQVAE, VQVAEConfig
-from trainer import Loop, Metrics
-from utils.checkpoint import write_json
 from utils.config import TokenizerTrainConfig
-from utils.data import Views, open_dataset
-from utils.distributed import Ranks, ranks
+from utils.data import Views, open_splits
+from utils.distributed import Ranks
 from utils.flags import parse
+from utils.loop import Loop, Metrics, start
 from utils.optim import derive_seed
 from utils.pictures import grid
 
@@ -130,21 +128,14 @@ def build(config: TokenizerTrainConfig, me: Ranks) -> TokenizerTrainer:
             f"--pn ends at {wanted.scales.sides[-1]}, but {wanted.image_size} pixels "
             f"make {wanted.image_size / vae.config.factor:g} latents a side"
         )
-    size, seed = wanted.image_size, config.run.seed
-    train_set, val_set = (open_dataset(config.data, size, seed, split) for split in ("train", "val"))
+    train_set, val_set = open_splits(config.data, wanted.image_size, config.run.seed, config.run.directory)
     trainer = TokenizerTrainer(config, vae, train_set, val_set, me)
     trainer.resume()
     return trainer
 
 
 def main() -> None:
-    config = parse(TokenizerTrainConfig, description=__doc__)
-    with ranks() as me:
-        with me.user_errors():
-            trainer = build(config, me)
-        if me.first:
-            write_json(config.run.directory / "config.json", asdict(config))
-        trainer.fit()
+    start(parse(TokenizerTrainConfig, description=__doc__), build)
 
 
 if __name__ == "__main__":

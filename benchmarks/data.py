@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.common import show
-from utils.checkpoint import write_json
 from utils.code_cache import LABELS, MANIFEST, VERSION, CodeCache, save_array
 from utils.config import DataConfig
 from utils.data import StepSampler, make_loader, open_dataset
 from utils.distributed import alone
+from utils.files import write_json
 
 
 def write_cache(directory: Path, images: int, shard: int = 512, crops: int = 10) -> CodeCache:
@@ -47,7 +47,7 @@ def write_photographs(directory: Path, n: int) -> None:
 
 def speed(dataset, batch: int, workers: int, batches: int) -> float:
     """Examples a second through the sampler and the loader."""
-    sampler = StepSampler(len(dataset), 0, batch, batch, alone(), 0, batches + 5)
+    sampler = StepSampler(len(dataset), 0, batch, batch, 0, 1, 0, batches + 5)
     loader = iter(make_loader(dataset, sampler, workers, alone().device))
     for _ in range(5):
         next(loader)

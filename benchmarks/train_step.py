@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import trainer as trainer_module
+import utils.loop as loop_module
 from benchmarks.common import ENCODE_FLOPS, Clock, Ruler, forward_flops, peak_memory, random_images, reset_peak, show
 from models import VQVAE, ScaleSchedule
 from models.pipeline import to_pil
@@ -27,13 +27,13 @@ from models.sampling import guide, sample_tokens
 from models.scales import shift_all
 from sar_trainer import Rollout, SARTrainer, rollout_guidance
 from train import TRAINERS, build
-from utils.checkpoint import save_weights
 from utils.code_cache import CacheConfig, CacheFlags
 from utils.code_cache import build as build_cache
 from utils.config import DataConfig, TrainConfig
 from utils.data import CodeBatch
 from utils.distributed import alone
 from utils.flags import parse
+from utils.weights import save_weights
 
 DEFAULT = "1_2_3_4_5_6_8_10_13_16"
 
@@ -113,19 +113,19 @@ def parts_of(trainer: SARTrainer, batches, repeats: int) -> dict[str, float]:
 
     trainer.encode = clock.around(trainer.encode, "encode")
     trainer.compute_loss = clock.around(trainer.compute_loss, "forward")
-    kept = (Rollout.look, torch.Tensor.backward, trainer_module.update)
+    kept = (Rollout.look, torch.Tensor.backward, loop_module.apply_gradients)
     if isinstance(trainer, SARTrainer):
         trainer.plan = clock.around(trainer.plan, "unconditional half")
         trainer.student_loss = clock.around(trainer.student_loss, "second pass")
     Rollout.look = clock.around(Rollout.look, "rollout")
     torch.Tensor.backward = clock.around(torch.Tensor.backward, "backward")
-    trainer_module.update = clock.around(trainer_module.update, "optimiser")
+    loop_module.apply_gradients = clock.around(loop_module.apply_gradients, "optimiser")
     try:
         for _ in range(repeats):
             with clock.part("other"):
                 trainer.train_step(Timed())
     finally:
-        Rollout.look, torch.Tensor.backward, trainer_module.update = kept
+        Rollout.look, torch.Tensor.backward, loop_module.apply_gradients = kept
     return {f"{name} s": seconds / repeats for name, seconds in clock.seconds.items()}
 
 

@@ -24,12 +24,13 @@ from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
 from models import Guidance, ScaleSchedule, generate
-from utils.checkpoint import load_flexvar, load_tokenizer, write_json
 from utils.config import DataConfig
 from utils.data import open_dataset
 from utils.evaluations.c2i import Statistics, frechet_distance
+from utils.files import write_json
 from utils.optim import derive_seed
 from utils.pictures import grid, plot_curves, read_metrics, save_picture
+from utils.weights import load_flexvar, load_tokenizer
 
 SIDES = "1_2_3_5_8"
 SIZE = 32

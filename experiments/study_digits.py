@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from experiments.quickstart import FLEXVAR, FURTHER, PER_CLASS, Judge, run_stage, sample
-from utils.checkpoint import load_tokenizer, write_json
+from utils.files import write_json
 from utils.pictures import read_metrics
 from utils.visualize import HeldOut, exposure
+from utils.weights import load_tokenizer
 
 DRAWN = ["--sf_top_k=0", "--sf_top_p=0"]
 SAR = "--training_mode=csfl"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -103,7 +102,7 @@ class SARPipeline(
         class_names: Sequence[str] | None = None,
     ) -> SARPipeline:
         """From weight files or run directories, released or our own."""
-        from utils.checkpoint import load_flexvar, load_tokenizer  # here, since that module builds these models too
+        from utils.weights import load_flexvar, load_tokenizer  # here, since that module builds these models too
 
         model, vae = load_flexvar(ckpt), load_tokenizer(vae_ckpt)
         if vae.codebook.shape != (model.config.codebook_size, model.config.codebook_dim):
@@ -201,7 +200,9 @@ def open_pipeline(ckpt: str, vae_ckpt: str = "", pn: str = "", use_ema: bool = F
 
     A run's directory brings its tokenizer and scales along, unless others are named.
     """
-    from utils.checkpoint import EMA, find_weights  # here, since that module builds these models too
+    from utils.checkpoint import EMA
+    from utils.files import read_json
+    from utils.weights import find_weights  # here, since that module builds these models too
 
     path, named = Path(ckpt), ScaleSchedule.parse(pn) if pn else None
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", ckpt) and not path.parent.exists():
@@ -210,7 +211,7 @@ def open_pipeline(ckpt: str, vae_ckpt: str = "", pn: str = "", use_ema: bool = F
         # A run's description stands beside checkpoints/step_N of a checkpoint, and of a weight file in it.
         places = [path, *list(path.absolute().parents)[:3]]
         records = [p / "config.json" for p in places if (p / "config.json").is_file()]
-        described = json.loads(records[0].read_text()) if records else {}
+        described = read_json(records[0]) if records else {}
     if "transformer" in described:
         if vae_ckpt or use_ema:
             raise ValueError(f"{ckpt} is a pipeline: it has its own tokenizer and no moving average")

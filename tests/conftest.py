@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from models import VQVAE, FlexVAR, FlexVARConfig, ScaleSchedule, VQVAEConfig
 from models.flexvar import sinusoids
-from utils.checkpoint import save_weights
 from utils.config import TrainConfig
 from utils.distributed import Ranks
 from utils.flags import parse
+from utils.weights import save_weights
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests/data"

@@ -1,156 +1,225 @@
-import pickle
+import json
+import shutil
+import sys
+import threading
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from models import FlexVAR, FlexVARConfig, SARPipeline, build_vae_var
-from models.pipeline import open_pipeline
-from tests.conftest import ALONE, config_of, fill
+from models import FlexVAR
+from tests.conftest import ALONE, config_of, fill, run
 from train import build
 from utils.checkpoint import (
+    EMA,
+    MANIFEST,
+    MODEL,
+    STATE,
+    Checkpoints,
     RunState,
-    find_weights,
-    latest_checkpoint,
-    load_checkpoint,
-    load_flexvar,
-    load_strictly,
-    load_tokenizer,
-    save_checkpoint,
-    save_weights,
+    SaveError,
+    newest_checkpoint,
+    read_checkpoint,
+    read_manifest,
+    seal,
+    verify,
 )
+from utils.weights import find_weights, load_flexvar
+
+ABOUT = {"config": {}, "facts": {}, "micro_batch": 1}
 
 
-def containers(weights, tmp_path):
-    """The same weights in every layout that is read."""
-    torch.save(weights, tmp_path / "bare.pth")
-    torch.save({"model": weights}, tmp_path / "model.pth")
-    training = {"epoch": 1, "iter": 2, "trainer": {"var_wo_ddp": weights, "other": 1}, "args": {"depth": 2}}
-    torch.save(training, tmp_path / "training.pth")
-    save_file(weights, tmp_path / "ours.safetensors")
-    return [tmp_path / name for name in ("bare.pth", "model.pth", "training.pth", "ours.safetensors")]
+@pytest.fixture
+def write(model, tmp_path):
+    """Writes checkpoints of some steps to tmp_path, and waits for them."""
+
+    def write(*steps, keep=2, kept=(), ema=None):
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        found = Checkpoints(tmp_path, keep)
+        models = {MODEL: model.state_dict(), **({EMA: ema.state_dict()} if ema else {})}
+        for step in steps:
+            found.submit(RunState(step, optimizer.state_dict(), {}), models, ABOUT, step in kept)
+        found.finish()
+        found.close()
+        return found
+
+    return write
 
 
-def test_every_container_gives_the_same_transformer(model, tmp_path):
-    weights = {**model.state_dict(), "attn_bias_for_masking": torch.zeros(1, 1, 5, 5)}  # of any size: ignored
-    for path in containers(weights, tmp_path):
-        loaded = load_flexvar(path)
-        assert loaded.config.depth == 2
-        assert loaded.config.width == 128
-        assert (loaded.config.num_classes, loaded.config.codebook_size, loaded.config.codebook_dim) == (10, 128, 32)
-        for name, tensor in loaded.state_dict().items():
-            assert torch.equal(tensor, model.state_dict()[name])
+def names(tmp_path):
+    return sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
 
 
-def test_every_container_gives_the_same_tokenizer(vae, tmp_path):
-    for path in containers(vae.state_dict(), tmp_path):
-        loaded = load_tokenizer(path)
-        assert loaded.config == vae.config
-        assert not loaded.training
-        assert not any(p.requires_grad for p in loaded.parameters())
-        assert torch.equal(loaded.codebook, vae.codebook)
-
-
-def broken(weights, how):
-    weights = dict(weights)
-    if how == "half":
-        return dict(list(weights.items())[: len(weights) // 2])
-    if how == "extra":
-        return {**weights, "surplus.weight": torch.zeros(2)}
-    if how == "prefixed":
-        return {f"module.{name}": tensor for name, tensor in weights.items()}
-    return {**weights, "head.weight": torch.zeros(128, 64)}
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("half", "missing: "),
-        ("extra", "unexpected: surplus.weight"),
-        ("prefixed", "unexpected: module."),
-        ("shape", r"another shape: head.weight \(128, 64\) in the file, \(128, 128\) here"),
-    ],
-)
-def test_what_differs_is_listed_and_nothing_is_loaded(model, how, message):
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=message):
-        load_strictly(model, broken(model.state_dict(), how), "some.pth")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_another_depth_is_refused(model):
-    deeper = FlexVAR(FlexVARConfig(depth=3, width=128, num_classes=10, codebook_size=128))
-    with pytest.raises(ValueError, match=r"missing: blocks\.2\."):
-        load_strictly(deeper, model.state_dict(), "d2.pth")
-
-
-class Bomb:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return (open, (str(self.target), "w"))
-
-
-@pytest.mark.parametrize("load", [load_flexvar, load_tokenizer])
-def test_files_that_are_something_else_are_named_and_run_nothing(load, model, vae, tmp_path):
-    torch.save({"model": Bomb(tmp_path / "executed")}, tmp_path / "bomb.pth")
-    (tmp_path / "bomb2.pth").write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
-    (tmp_path / "text.pth").write_text("hello")
-    (tmp_path / "empty.safetensors").write_bytes(b"")
-    torch.save(model.state_dict(), tmp_path / "cut.pth")
-    whole = (tmp_path / "cut.pth").read_bytes()
-    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
-    torch.save({"epoch": 3}, tmp_path / "other.pth")
-    for name in ("bomb.pth", "bomb2.pth", "text.pth", "empty.safetensors", "cut.pth", "other.pth"):
-        with pytest.raises(ValueError, match=name):
-            load(tmp_path / name)
-    assert not (tmp_path / "executed").exists()
-    wrong_kind = vae if load is load_flexvar else model
-    torch.save(wrong_kind.state_dict(), tmp_path / "kind.pth")
-    with pytest.raises(ValueError, match="is not a"):
-        load(tmp_path / "kind.pth")
-    with pytest.raises(ValueError, match="no weight file"):
-        load(tmp_path / "absent.pth")
-
-
-def test_no_entry_point_executes_a_pickle(flags, small_vae_file, tmp_path):
-    mark = tmp_path / "executed"
-    torch.save({"model": Bomb(mark)}, bomb := tmp_path / "bomb.pth")
-    entries = [
-        lambda: build_vae_var(vae_ckpt=bomb),
-        lambda: SARPipeline.from_files(bomb, bomb),
-        lambda: open_pipeline(str(bomb), str(small_vae_file)),
-        lambda: build(config_of(flags, f"--vae_ckpt={bomb}"), ALONE),
-        lambda: build(config_of(flags, f"--init_ckpt={bomb}"), ALONE),
-    ]
-    for entry in entries:
-        with pytest.raises(ValueError, match=r"bomb\.pth"):
-            entry()
-    trainer = build(config_of(flags), ALONE)
-    run_dir = tmp_path / "run/checkpoints/step_0000001"
-    run_dir.mkdir(parents=True)
-    save_weights(trainer.model, run_dir / "model.safetensors")
-    torch.save({"step": 1, "optimizer": Bomb(mark), "scaler": {}}, run_dir / "state.pt")
-    with pytest.raises(ValueError, match=r"state\.pt"):
-        trainer.resume()
-    assert not mark.exists()
-
-
-def test_checkpoints_of_a_run(model, tmp_path):
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+def test_what_is_written_is_read_back(model, write, tmp_path):
     ema = fill(FlexVAR(model.config), 5)
-    for step in (1, 2, 30):
-        state = RunState(step, optimizer.state_dict(), {})
-        save_checkpoint(tmp_path, state, model.state_dict(), ema.state_dict(), keep=2)
-    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step_0000002", "step_0000030"]
-    newest = latest_checkpoint(tmp_path)
+    write(30, ema=ema)
+    newest = newest_checkpoint(tmp_path)
     assert newest.name == "step_0000030"
-    assert find_weights(tmp_path) == newest / "model.safetensors"
-    other, other_ema = FlexVAR(model.config), FlexVAR(model.config)
-    assert load_checkpoint(newest, other, other_ema).step == 30
-    assert torch.equal(other.head.weight, model.head.weight)
-    assert torch.equal(other_ema.head.weight, ema.head.weight)
-    save_weights(model, tmp_path / "x.safetensors")
-    assert torch.equal(load_flexvar(tmp_path / "x.safetensors").head.weight, model.head.weight)
+    assert find_weights(tmp_path) == find_weights(newest) == newest / MODEL
+    assert find_weights(tmp_path, EMA) == newest / EMA
+    state, weights, average = read_checkpoint(newest)
+    assert state.step == 30
+    assert all(torch.equal(weights[name], x) for name, x in model.state_dict().items())
+    assert all(torch.equal(average[name], x) for name, x in ema.state_dict().items())
+
+
+def test_the_newest_stay_and_those_to_be_kept(write, tmp_path):
+    write(1, 2, 3, 4, 30, kept=(2,))
+    assert names(tmp_path) == ["step_0000002", "step_0000004", "step_0000030"]
+
+
+def test_training_may_go_on_while_a_checkpoint_is_written(model, tmp_path, monkeypatch):
+    """The tensors are those of the moment of `submit`, and `submit` does not wait for the disk."""
+    gate, before = threading.Event(), model.head.weight.detach().clone()
+    found = Checkpoints(tmp_path, 1)
+    writing = found.write
+    monkeypatch.setattr(found, "write", lambda *a: (gate.wait(20), writing(*a)))
+    found.submit(RunState(1, {}, {}), {MODEL: model.state_dict()}, ABOUT, False)
+    with torch.no_grad():
+        model.head.weight.zero_()
+    assert not found.job.done()
+    gate.set()
+    found.finish()
+    assert torch.equal(load_file(newest_checkpoint(tmp_path) / MODEL)["head.weight"], before)
+
+
+def damage(file, how):
+    data = bytearray(file.read_bytes())
+    if how == "missing":
+        return file.unlink()
+    if how == "flipped":
+        data[len(data) // 2] ^= 1
+    end = {"empty": 0, "half": len(data) // 2, "short": -2, "flipped": None}[how]
+    return file.write_bytes(data[:end])
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "half", "short", "flipped"])
+@pytest.mark.parametrize("name", [MODEL, STATE, MANIFEST])
+def test_damage_is_found_and_the_one_before_is_taken(name, how, write, tmp_path, capsys):
+    write(1, 2)
+    damage(tmp_path / "checkpoints/step_0000002" / name, how)
+    assert newest_checkpoint(tmp_path).name == "step_0000001"
+    assert f"step_0000002/{name}" in capsys.readouterr().err
+    assert find_weights(tmp_path).parent.name == ("step_0000002" if name == STATE else "step_0000001")
+
+
+def test_when_all_are_damaged_nothing_starts_anew_by_itself(write, tmp_path):
+    write(1)
+    damage(tmp_path / "checkpoints/step_0000001" / MODEL, "half")
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
+        newest_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"is damaged|bytes"):
+        find_weights(tmp_path / "checkpoints/step_0000001")
+
+
+def test_a_damaged_one_is_out_of_the_way_after_a_resume(flags, tmp_path, capsys):
+    """Else the next save would take it for the newest, and remove the good one."""
+    more = [*flags, "--save_every_steps=1", "--keep=3"]
+    build(config_of(more), ALONE).fit()
+    damage(tmp_path / "run/checkpoints/step_0000003" / MODEL, "flipped")
+    again = build(config_of(more, "--keep=1", "--max_steps=4"), ALONE)
+    assert again.step == 2
+    assert "passed over" in capsys.readouterr().err
+    assert names(tmp_path / "run") == ["damaged_step_0000003", "step_0000001", "step_0000002"]
+    again.fit()
+    assert names(tmp_path / "run") == ["damaged_step_0000003", "step_0000004"]
+
+
+def test_other_versions_and_altered_manifests_are_named(write, tmp_path):
+    path = write(1).path(1)
+    good = read_manifest(path)
+    for content, message in [
+        ({**good, "step": 9}, "SHA-256 is another"),
+        (seal({**{k: v for k, v in good.items() if k != "sha256"}, "version": 0}), "of version 0"),
+        ([], "no JSON object"),
+    ]:
+        (path / MANIFEST).write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            verify(path)
+
+
+def test_what_is_not_finite_is_named_and_not_written(model, tmp_path):
+    found = Checkpoints(tmp_path, 2)
+    model.class_emb.weight.data[3, 5] = torch.nan  # a row that a step may never read
+    found.submit(RunState(7, {}, {}), {MODEL: model.state_dict()}, ABOUT, False)
+    with pytest.raises(FloatingPointError, match=r"model.safetensors/class_emb.weight is not finite at step 7"):
+        found.finish()
+    optimizer = {"state": {0: {"exp_avg": torch.tensor([1.0, torch.inf])}}}
+    found.submit(RunState(8, optimizer, {}), {}, ABOUT, False)
+    with pytest.raises(FloatingPointError, match=r"state\.pt/state/0/exp_avg"):
+        found.finish()
+    assert not list(tmp_path.rglob("step_*"))
+
+
+def test_a_failed_write_is_reported_once_and_leaves_nothing(write, tmp_path, monkeypatch):
+    found = write(1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    found = Checkpoints(tmp_path, 2)
+    found.submit(RunState(2, {}, {}), {MODEL: {"a": torch.ones(2)}}, ABOUT, False)
+    with pytest.raises(SaveError, match=r"cannot save step 2 in .*No space left on device; earlier ones are whole"):
+        found.finish()
+    found.check()
+    assert names(tmp_path) == ["step_0000001"]
+
+
+def test_leftovers_of_a_killed_run_go_with_the_next_save(write, tmp_path):
+    for left in (".partial_0000003", ".discarded_step_0000001"):
+        (tmp_path / "checkpoints" / left).mkdir(parents=True)
+        (tmp_path / "checkpoints" / left / "x").write_text("half")
+    write(4)
+    assert names(tmp_path) == ["step_0000004"]
+
+
+def test_no_entry_executes_a_pickle_in_a_checkpoint(flags, write, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    build(config_of(flags), ALONE).fit()
+    path = newest_checkpoint(tmp_path / "run")
+    torch.save({"step": 3, "optimizer": Bomb(), "scaler": {}}, path / STATE)
+    manifest = {k: v for k, v in read_manifest(path).items() if k != "sha256"}
+    content = (path / STATE).read_bytes()
+    import hashlib
+
+    manifest["files"][STATE] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / MANIFEST).write_text(json.dumps(seal(manifest)))  # as an attacker would
+    with pytest.raises(ValueError, match=r"state\.pt .*code to be run, which is refused"):
+        build(config_of(flags), ALONE)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_list_verify_and_export(model, write, tmp_path):
+    def tool(*args, check=True):
+        return run(sys.executable, "-m", "utils.checkpoint", *args, check=check)
+
+    write(1, 2, kept=(1,), ema=fill(FlexVAR(model.config), 5))
+    listed = tool("list", tmp_path).stdout.splitlines()
+    assert [("whole" in line, "kept" in line) for line in listed] == [(True, True), (True, False)]
+    tool("export", tmp_path, tmp_path / "out.pth")
+    assert torch.load(tmp_path / "out.pth", weights_only=True).keys() == {"model"}
+    exported = load_flexvar(tmp_path / "out.pth")
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in exported.state_dict().items())
+    tool("export", tmp_path, tmp_path / "ema.safetensors", "--ema")
+    assert not torch.equal(load_flexvar(tmp_path / "ema.safetensors").head.weight, model.head.weight)
+    damage(tmp_path / "checkpoints/step_0000002" / MODEL, "flipped")
+    done = tool("verify", tmp_path, check=False)
+    assert done.returncode == 1
+    assert "DAMAGED" in done.stdout.splitlines()[1]
+    done = tool("export", tmp_path, tmp_path / "out.txt", check=False)
+    assert done.returncode == 1
+    assert "error: export writes .pth or .safetensors" in done.stderr
+    assert "holds no checkpoint" in tool("list", tmp_path / "nothing", check=False).stderr
+
+
+def test_a_shared_file_of_another_run_is_not_taken_for_weights(write, tmp_path):
+    write(1)
+    shutil.copy(tmp_path / "checkpoints/step_0000001" / MODEL, tmp_path / "kept.safetensors")
+    save_file({"head.weight": torch.full((2, 2), torch.nan)}, tmp_path / "nan.safetensors")
+    load_flexvar(tmp_path / "kept.safetensors")
+    with pytest.raises(ValueError, match="is not a FlexVAR"):
+        load_flexvar(tmp_path / "nan.safetensors")

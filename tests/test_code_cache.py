@@ -35,7 +35,7 @@ def cache(small_vae_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny_vae(small_vae_file):
-    from utils.checkpoint import load_tokenizer
+    from utils.weights import load_tokenizer
 
     return load_tokenizer(small_vae_file)
 

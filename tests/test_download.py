@@ -6,7 +6,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pretrained import download as module
 from tests.conftest import ROOT, run
-from utils.checkpoint import find_weights
+from utils.weights import find_weights
 
 
 def test_each_released_file_has_its_repository():

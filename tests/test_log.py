@@ -4,8 +4,7 @@ import sys
 import pytest
 import torch
 
-from tests.conftest import ALONE, run
-from utils.config import LogConfig
+from tests.conftest import ALONE, config_of, run
 from utils.distributed import Ranks
 from utils.log import JsonLines, Meter, Progress, Silent, clock, make_logger
 
@@ -34,7 +33,7 @@ def test_lines_after_a_resume_are_neither_lost_nor_doubled(tmp_path):
 
 
 def test_only_the_first_rank_writes(tmp_path):
-    logger = make_logger(LogConfig(), Ranks(1, 2, torch.device("cpu")), tmp_path, "x", {}, 0)
+    logger = make_logger(config_of([f"--out_dir={tmp_path}"]), Ranks(1, 2, torch.device("cpu")), 0)
     assert type(logger) is Silent
     logger.scalars({"a": 1.0}, 1)
     logger.image("i", torch.zeros(3, 4, 4), 1)

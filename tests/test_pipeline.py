@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from models.pipeline import SARPipeline, default_names, find_class, imagenet_classes, open_pipeline, to_bytes
 from models.scales import ScaleSchedule
 from tests.conftest import run
-from utils.checkpoint import save_weights
+from utils.weights import save_weights
 
 NAMES = [f"animal {letter}" for letter in "abcdefghij"]
 

@@ -6,10 +6,11 @@ from PIL import Image
 
 from models.flexvar import FlexVAR, FlexVARConfig
 from tests.conftest import ROOT, run
-from utils.checkpoint import latest_checkpoint, load_flexvar, load_tokenizer, save_weights
+from utils.checkpoint import newest_checkpoint
 from utils.config import TrainConfig
 from utils.config_sampling import EvalConfig
 from utils.flags import parse
+from utils.weights import load_flexvar, load_tokenizer, save_weights
 
 TRAIN_SCRIPTS = sorted(p.name for p in (ROOT / "scripts").glob("train_*_d*.sh"))
 
@@ -125,7 +126,7 @@ def test_train_script_runs_on_two_processes_with_spaces_in_its_paths(flags, smal
     small = [f for f in flags if not f.startswith(("--dataset", "--out_dir", "--bs"))]
     more = [f"--data_path={root}", f"--out_dir={root / 'run'}", f"--init_ckpt={root / 'flexvar.safetensors'}"]
     run("bash", "scripts/train_SAR_d16.sh", *small, *more, "--bs=2", "--max_steps=2", PYTHON=sys.executable, NPROC="2")
-    assert latest_checkpoint(root / "run").name == "step_0000002"
+    assert newest_checkpoint(root / "run").name == "step_0000002"
     assert load_flexvar(root / "run").config.depth == 2
 
 
@@ -150,4 +151,4 @@ def test_full_size_files_in_the_released_format(tmp_path):
         "--vis_num_samples=1",
     ]
     run("bash", "scripts/train_SAR_d16.sh", *files, *more, PYTHON=sys.executable, OMP_NUM_THREADS="2")
-    assert latest_checkpoint(tmp_path / "run").name == "step_0000002"
+    assert newest_checkpoint(tmp_path / "run").name == "step_0000002"

@@ -12,14 +12,14 @@ from models import FlexVAR, FlexVARConfig
 from models.scales import draw_schedule
 from tests.conftest import ALONE, ROOT, config_of, torchrun, worst
 from train import build
-from utils.checkpoint import latest_checkpoint
+from utils.checkpoint import newest_checkpoint
 from utils.distributed import alone
 
 TRAIN = str(ROOT / "train.py")
 
 
 def weights_of(directory, name="model"):
-    return load_file(latest_checkpoint(directory) / f"{name}.safetensors")
+    return load_file(newest_checkpoint(directory) / f"{name}.safetensors")
 
 
 def assert_close(a, b, tolerance):

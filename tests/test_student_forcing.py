@@ -7,7 +7,7 @@ from models.scales import ScaleSchedule, shift_all, shift_up
 from student_forcing import STUDENT_FORCING
 from tests.conftest import ALONE, config_of, torchrun, worst
 from trainer import Trainer
-from utils.checkpoint import latest_checkpoint
+from utils.checkpoint import newest_checkpoint
 from utils.data import CodeBatch, open_dataset
 
 
@@ -115,4 +115,4 @@ def test_a_step_costs_a_rollout_without_gradient_and_one_forward(mode, scales, r
 def test_every_mode_trains_under_torchrun(mode, flags, tmp_path):
     more = ["--sf_hybrid_from=2"] if mode == "sf_hybrid" else []
     torchrun(2, "train.py", *flags, f"--training_mode={mode}", *more, "--max_steps=2")
-    assert latest_checkpoint(tmp_path / "run").name == "step_0000002"
+    assert newest_checkpoint(tmp_path / "run").name == "step_0000002"

@@ -4,9 +4,9 @@ import torch.nn.functional as F
 
 from tests.conftest import ALONE
 from train_tokenizer import MultiScaleLoss, build
-from utils.checkpoint import load_tokenizer
 from utils.config import TokenizerTrainConfig
 from utils.flags import parse
+from utils.weights import load_tokenizer
 
 SMALL = [
     "--dataset=digits", "--workers=0", "--image_size=16", "--base_width=32", "--width_mult", "1", "1", "1",

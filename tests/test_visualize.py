@@ -9,8 +9,8 @@ from PIL import Image
 from models import FlexVAR, FlexVARConfig
 from tests.conftest import run
 from utils import visualize as figures
-from utils.checkpoint import load_tokenizer, save_weights
 from utils.visualize import FIGURES
+from utils.weights import load_tokenizer, save_weights
 
 
 @pytest.fixture

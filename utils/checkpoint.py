@@ -1,178 +1,33 @@
-"""Every load and save in the project: released files, our own, and the state of a run.
+"""The checkpoints of a run: DIRECTORY/checkpoints/step_N, each complete or not there, each with its own digests.
 
-Loads are strict. The known differences of released files are in KNOWN, by name. Nothing is unpickled: `.pth` files
-are read with `weights_only=True`.
+python -m utils.checkpoint list out/SAR-d16               # what there is, and whether it is as it was written
+python -m utils.checkpoint verify out/SAR-d16
+python -m utils.checkpoint export out/SAR-d16 SARd16.pth  # one file, in the released layout; or .safetensors
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
-import pickle
 import shutil
-from dataclasses import dataclass
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._pytree import tree_flatten_with_path, tree_map
 
-from models.flexvar import FlexVAR, FlexVARConfig
-from models.vqvae import VQVAE, VQVAEConfig
-from pretrained.download import FILES
-from utils.distributed import shared_like
+from utils.files import digest, flush, read_json, read_tensors, replacing, save_tensors, write_json
 
 StateDict = dict[str, Tensor]
 
-MODEL, EMA, STATE = "model.safetensors", "ema.safetensors", "state.pt"
-# Buffers of released transformer files that depend on the schedule a file was saved with: not part of the model.
-KNOWN = {"attn_bias_for_masking"}
-
-
-# --------------------------------------------------------------------------------------------- state dicts
-
-
-def find_weights(path: str | Path, name: str = MODEL) -> Path:
-    """A weight file as it is; of a run's or a checkpoint's directory, the newest weights in it."""
-    path = Path(path)
-    if path.is_dir():
-        newest = latest_checkpoint(path)
-        found = (newest or path) / name
-        if not found.is_file():
-            raise ValueError(f"{path} holds no {name}")
-        return found
-    if not path.is_file():
-        fetch = f": python pretrained/download.py {path.name} fetches it" if path.name in FILES else ""
-        raise ValueError(f"no weight file {path}{fetch}")
-    return path
-
-
-def read_state_dict(path: str | Path) -> StateDict:
-    """The tensors of a weight file, `.safetensors` or `.pth`, out of whichever container holds them."""
-    path = find_weights(path)
-    return read_plain(path) if path.suffix == ".safetensors" else unwrap(read_plain(path), path)
-
-
-def read_plain(path: Path, mmap: bool = False) -> dict:
-    """What a `.safetensors`, `.pth` or `.pt` file holds, without executing anything in it."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is missing, damaged or not a file of plain tensors: {reason}") from None
-
-
-def unwrap(found: object, path: Path) -> StateDict:
-    """Released containers: {'model': state dict}, {'trainer': {'var_wo_ddp': state dict}}, or a bare one."""
-    if isinstance(found, dict) and isinstance(found.get("trainer"), dict):
-        found = found["trainer"].get("var_wo_ddp")
-    elif isinstance(found, dict) and isinstance(found.get("model"), dict):
-        found = found["model"]
-    if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
-        raise ValueError(f"{path} holds no state dict in a layout known here")
-    return found
-
-
-def load_strictly(module: nn.Module, weights: StateDict, source: str | Path, assign: bool = False) -> None:
-    """Load every tensor by name and shape, or say all that differs and load nothing.
-
-    With `assign` the file's tensors become the module's, as fp32; else they are copied into the module's.
-    """
-    weights = {name: tensor for name, tensor in weights.items() if name not in KNOWN}
-    own = module.state_dict()
-    shapes = [
-        f"{name} {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} here"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    kinds = {
-        "missing": [name for name in own if name not in weights],
-        "unexpected": [name for name in weights if name not in own],
-        "another shape": shapes,
-    }
-    if any(kinds.values()):
-        lines = [f"\n  {kind}: {some(names)}" for kind, names in kinds.items() if names]
-        raise ValueError(f"{source} does not fit this model:" + "".join(lines))
-    if assign:
-        weights = {name: t.float() if t.is_floating_point() else t for name, t in weights.items()}
-    weights = {name: shared_like(tensor, own[name]) for name, tensor in weights.items()}
-    module.load_state_dict(weights, assign=assign)
-
-
-def some(names: list[str], limit: int = 5) -> str:
-    """The first few of a list, and how many more there are."""
-    rest = f", … and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
-
-
-def tokenizer_config(weights: StateDict, source: str | Path) -> VQVAEConfig:
-    """A tokenizer's sizes, read off its tensors."""
-    try:
-        base = weights["encoder.conv_in.weight"].shape[0]
-        levels = count(weights, "encoder.conv_blocks.{}.res.0.conv1.weight")
-        widths = [weights[f"encoder.conv_blocks.{i}.res.0.conv1.weight"].shape[0] for i in range(levels)]
-        rows, dim = weights["quantize.embedding.weight"].shape
-        return VQVAEConfig(
-            base_width=base,
-            width_mult=tuple(width // base for width in widths),
-            res_blocks=count(weights, "encoder.conv_blocks.0.res.{}.conv1.weight"),
-            z_channels=weights["encoder.conv_out.weight"].shape[0],
-            codebook_size=rows,
-            codebook_dim=dim,
-        )
-    except KeyError as error:
-        raise ValueError(f"{source} is not a tokenizer: it has no {error.args[0]}") from None
-
-
-def flexvar_config(weights: StateDict, source: str | Path) -> FlexVARConfig:
-    """A transformer's sizes, read off its tensors."""
-    try:
-        width, dim = weights["word_embed.weight"].shape
-        return FlexVARConfig(
-            depth=count(weights, "blocks.{}.attn.mat_qkv.weight"),
-            width=width,
-            num_classes=weights["class_emb.weight"].shape[0] - 1,
-            codebook_size=weights["head.weight"].shape[0],
-            codebook_dim=dim,
-        )
-    except KeyError as error:
-        raise ValueError(f"{source} is not a FlexVAR transformer: it has no {error.args[0]}") from None
-
-
-def count(weights: StateDict, pattern: str) -> int:
-    """How many of pattern.format(0), pattern.format(1), … there are."""
-    n = 0
-    while pattern.format(n) in weights:
-        n += 1
-    return n
-
-
-def load_tokenizer(path: str | Path) -> VQVAE:
-    """A tokenizer from a file or a tokenizer run's directory: frozen, in evaluation mode, sizes as in the file.
-
-    Its weights are laid out channels last, which convolutions are faster in.
-    """
-    weights = read_state_dict(path)
-    with torch.device("meta"):  # the weights come from the file: draw none
-        vae = VQVAE(tokenizer_config(weights, path))
-    load_strictly(vae, weights, path, assign=True)
-    return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-
-
-def load_flexvar(path: str | Path) -> FlexVAR:
-    """A transformer from a file or a run's directory, sizes as in the file."""
-    weights = read_state_dict(path)
-    with torch.device("meta"):
-        model = FlexVAR(flexvar_config(weights, path))
-    load_strictly(model, weights, path, assign=True)
-    return model
-
-
-# ------------------------------------------------------------------------------------------ state of a run
+MODEL, EMA, STATE, MANIFEST = "model.safetensors", "ema.safetensors", "state.pt", "manifest.json"
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -182,66 +37,258 @@ class RunState:
     step: int
     optimizer: dict
     scaler: dict
+    meter: list[dict] = field(default_factory=list)  # of each rank: what it has added up since the last log line
+    skipped: int = 0  # steps dropped since the start, see --on_nonfinite
 
 
-def save_checkpoint(directory: Path, state: RunState, model: StateDict, ema: StateDict | None, keep: int) -> Path:
-    """Write DIRECTORY/checkpoints/step_N: complete or not at all. Only the newest `keep` stay."""
-    root = directory / "checkpoints"
-    target, partial = root / f"step_{state.step:07d}", root / f".partial_{state.step:07d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_tensors(model, partial / MODEL)
-    if ema is not None:
-        save_tensors(ema, partial / EMA)
-    torch.save(vars(state), partial / STATE)
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(partial, target)
-    for old in sorted(root.glob("step_*"))[:-keep]:
-        shutil.rmtree(old)
-    return target
+# ------------------------------------------------------------------------------------------------- reading
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """A model's state dict as safetensors."""
-    save_tensors(model.state_dict(), path)
+def checkpoints(directory: str | Path) -> list[Path]:
+    """Those of a run, from the oldest to the newest."""
+    found = [p for p in (Path(directory) / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
+    return sorted(found, key=step_of)
 
 
-def save_tensors(tensors: StateDict, path: Path) -> None:
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint of a run."""
-    return max((Path(directory) / "checkpoints").glob("step_*"), default=None)
+def seal(content: dict) -> dict:
+    """The content with its own SHA-256."""
+    text = json.dumps(content, sort_keys=True)
+    return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module | None) -> RunState:
-    """Put a checkpoint's weights into the model (and its moving average), and return the rest."""
-    load_strictly(model, read_plain(path / MODEL), path)
-    if ema is not None:
-        load_strictly(ema, read_plain(path / EMA), path)
-    return RunState(**read_plain(path / STATE, mmap=True))  # mapped: every rank reads it
+def read_manifest(path: Path) -> dict:
+    """A checkpoint's manifest: files, step, and the settings it was trained with. Raises ValueError if damaged."""
+    manifest = read_json(path / MANIFEST)
+    if manifest != seal({name: value for name, value in manifest.items() if name != "sha256"}):
+        raise ValueError(f"{path / MANIFEST} is damaged: its SHA-256 is another")
+    if manifest.get("version") != VERSION:
+        raise ValueError(f"{path / MANIFEST} is of version {manifest.get('version')}, not {VERSION}")
+    return manifest
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def verify(path: Path, *names: str) -> None:
+    """Raises ValueError unless the files of a checkpoint, or those named, are as they were written."""
+    files = read_manifest(path)["files"]
+    for name, described in files.items():
+        if names and name not in names:
+            continue
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != described["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise ValueError(f"{file} {found}, not {described['bytes']}")
+        if digest(file) != described["sha256"]:
+            raise ValueError(f"{file} is damaged: its SHA-256 is another")
 
 
-def digest_of(module: nn.Module) -> str:
-    """SHA-256 over a model's tensors, in the order of their names: equal in every container of the same weights."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().numpy().data)
-    return total.hexdigest()
+def newest_checkpoint(directory: str | Path, *names: str) -> Path | None:
+    """The newest one whose files (or those named) are as they were written; None when there is none at all.
+
+    Damaged ones are reported and passed over. Raises ValueError when all are damaged.
+    """
+    found = checkpoints(directory)
+    for path in reversed(found):
+        try:
+            verify(path, *names)
+            return path
+        except ValueError as error:
+            print(f"passed over a damaged checkpoint: {error}", file=sys.stderr)
+    if found:
+        raise ValueError(f"every checkpoint in {directory} is damaged: move it away to start anew")
+    return None
 
 
-def write_json(path: Path, content: object) -> None:
-    """Readable JSON, in one piece."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+def last_facts(directory: str | Path) -> dict:
+    """What the newest readable manifest of a run says of its data and model; empty when it has no checkpoint."""
+    for path in reversed(checkpoints(directory)):
+        try:
+            return read_manifest(path)["facts"]
+        except ValueError:
+            continue
+    return {}
+
+
+def read_checkpoint(path: Path) -> tuple[RunState, StateDict, StateDict | None]:
+    """State, weights and moving average of a checkpoint that has been verified."""
+    state = read_tensors(path / STATE, mmap=True)  # mapped: every rank reads it
+    average = read_tensors(path / EMA) if (path / EMA).is_file() else None
+    return RunState(**state), read_tensors(path / MODEL), average
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+class SaveError(Exception):
+    """A checkpoint that could not be written."""
+
+
+class Checkpoints:
+    """Those of a run. They are written in the background, one at a time; `finish` waits for the one under way.
+
+    After each, only the newest `keep` stay, and those marked to be kept.
+    """
+
+    def __init__(self, directory: Path, keep: int):
+        self.root, self.keep = directory / "checkpoints", keep
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.job: Future | None = None
+
+    def path(self, step: int) -> Path:
+        return self.root / f"step_{step:07d}"
+
+    def newest(self) -> int:
+        """The step of the newest one that is as it was written; 0 when there is none."""
+        newest = newest_checkpoint(self.root.parent)
+        return step_of(newest) if newest else 0
+
+    def submit(self, state: RunState, models: dict[str, StateDict], about: dict, kept: bool) -> None:
+        """Begin to write a checkpoint of everything as it is now."""
+        self.finish()
+        contents = snapshot(vars(state)), snapshot(models)  # in turn: training goes on with the originals
+        self.job = self.pool.submit(self.write, *contents, about, kept)
+
+    def check(self) -> None:
+        """Raise what went wrong with a write that has ended."""
+        if self.job is not None and self.job.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the write under way. Raises SaveError if it failed, FloatingPointError at what is not finite."""
+        job, self.job = self.job, None
+        if job is not None:
+            job.result()
+
+    def close(self) -> None:
+        """Wait for the write under way, after an error too."""
+        self.pool.shutdown()
+
+    def write(self, state: dict, models: dict[str, StateDict], about: dict, kept: bool) -> None:
+        """Files, then their manifest, flushed to disk under a temporary name; then renamed; then old ones removed."""
+        step = state["step"]
+        check_finite({**models, STATE: state["optimizer"]}, step)
+        target, partial = self.path(step), self.root / f".partial_{step:07d}"
+        try:
+            self.clean()
+            partial.mkdir(parents=True)
+            for name, tensors in models.items():
+                save_tensors(partial / name, tensors)
+            with replacing(partial / STATE) as path:
+                torch.save(state, path)
+            files = {p.name: {"bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(partial.iterdir())}
+            content = {"version": VERSION, "step": step, "kept": kept, "files": files, **about}
+            write_json(partial / MANIFEST, seal(content))
+            flush(partial)
+            self.discard(target)
+            os.replace(partial, target)
+            flush(self.root)
+            self.prune()
+        except Exception as error:  # a full disk has a name of its own in each library
+            shutil.rmtree(partial, ignore_errors=True)
+            raise SaveError(f"cannot save step {step} in {self.root}: {error}; earlier ones are whole") from error
+
+    def prune(self) -> None:
+        """Remove all but the newest `keep` and those marked to be kept."""
+        for old in checkpoints(self.root.parent)[: -self.keep]:
+            try:
+                spared = read_manifest(old)["kept"]
+            except ValueError:
+                spared = False
+            if not spared:
+                self.discard(old)
+
+    def discard(self, path: Path) -> None:
+        """Remove a checkpoint; its name goes first, so that half of one never bears it."""
+        if path.exists():
+            doomed = path.with_name(f".discarded_{path.name}")
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
+
+    def clean(self) -> None:
+        """Remove what a killed run left half written or half removed."""
+        for left in (*self.root.glob(".partial_*"), *self.root.glob(".discarded_*")):
+            shutil.rmtree(left)
+
+    def set_aside(self, after: int) -> None:
+        """Rename the damaged checkpoints later than a step, so that nothing takes them for the newest."""
+        for path in checkpoints(self.root.parent):
+            if step_of(path) > after:
+                aside = path.with_name(f"damaged_{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
+
+
+def snapshot(tree: Any) -> Any:
+    """A nest of tensors as it is now, in memory of its own on the CPU."""
+    return tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x, tree)
+
+
+def check_finite(tree: Any, step: int) -> None:
+    """Raises FloatingPointError naming a tensor that holds something not finite."""
+    for path, x in tree_flatten_with_path(tree)[0]:
+        if isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all():
+            name = "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+            raise FloatingPointError(f"{name} is not finite at step {step}: not saved")
+
+
+# -------------------------------------------------------------------------------------------- command line
+
+
+def describe(path: Path) -> tuple[str, bool]:
+    """A line on a checkpoint, and whether it is as it was written."""
+    size = sum(p.stat().st_size for p in path.iterdir()) / 2**20
+    try:
+        verify(path)
+        kept = ", kept" if read_manifest(path)["kept"] else ""
+        return f"{path}  {size:.1f} MiB  whole{kept}", True
+    except ValueError as error:
+        return f"{path}  {size:.1f} MiB  DAMAGED: {error}", False
+
+
+def export(weights: StateDict, out: Path) -> None:
+    """One weight file: `.safetensors`, or `.pth` as released ones are, {"model": state dict}."""
+    if out.suffix == ".safetensors":
+        return save_tensors(out, weights)
+    if out.suffix != ".pth":
+        raise ValueError(f"export writes .pth or .safetensors, not {out.name}")
+    with replacing(out) as partial:
+        torch.save({"model": weights}, partial)
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("list", "verify", "export"):
+        command = commands.add_parser(name)
+        command.add_argument("directory", type=Path, help="a run's directory")
+        if name == "export":
+            command.add_argument("out", type=Path, help="the file to write: .pth or .safetensors")
+            command.add_argument("--ema", action="store_true", help="the moving average of the weights")
+    args = parser.parse_args()
+    try:
+        if args.command == "export":
+            name = EMA if args.ema else MODEL
+            newest = newest_checkpoint(args.directory, name)
+            if newest is None:
+                raise ValueError(f"{args.directory} holds no checkpoint")
+            export(read_tensors(newest / name), args.out)
+            return print(f"wrote {args.out} from {newest}")
+        found = [describe(path) for path in checkpoints(args.directory)]
+        if not found:
+            raise ValueError(f"{args.directory} holds no checkpoint")
+        print("\n".join(line for line, _ in found))
+        if args.command == "verify" and not all(whole for _, whole in found):
+            raise SystemExit(1)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -10,8 +10,6 @@ each (images · crops, codes of all sides), the crops of an image one after the 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +23,12 @@ from tqdm import tqdm
 
 from models.scales import ScaleSchedule
 from models.vqvae import VQVAE
-from utils.checkpoint import digest, digest_of, load_tokenizer, write_json
 from utils.config import DataConfig
-from utils.data import CodeBatch, Key, Views, encode_batch, open_dataset
+from utils.data import CodeBatch, Key, Views, encode_batch, open_splits
 from utils.distributed import Ranks, ranks
+from utils.files import digest, read_array, read_json, save_array, write_json
 from utils.flags import at_least, parse
+from utils.weights import digest_of, load_tokenizer
 
 MANIFEST, LABELS = "manifest.json", "labels.npy"
 VERSION = 1
@@ -75,7 +74,7 @@ class CodeCache(Dataset):
         self.sides = ScaleSchedule(tuple(manifest["sides"]))
         self.crops, self.shard_rows = part["crops"], part["shard_images"] * part["crops"]
         self.files = [shard["file"] for shard in part["shards"]]
-        self.labels = np.load(self.directory / LABELS, allow_pickle=False)
+        self.labels = read_array(self.directory / LABELS)
         if len(self.labels) != part["images"]:
             raise ValueError(f"{self.directory / LABELS} holds {len(self.labels)} labels, not {part['images']}")
         for shard in part["shards"]:  # a missing or short file is found here, not after an hour
@@ -103,7 +102,7 @@ class CodeCache(Dataset):
     def shard(self, number: int) -> np.ndarray:
         """A shard, mapped when it is first asked for."""
         if number not in self.shards:
-            self.shards[number] = np.load(self.directory / self.files[number], mmap_mode="r", allow_pickle=False)
+            self.shards[number] = read_array(self.directory / self.files[number], mmap=True)
         return self.shards[number]
 
     def __getstate__(self) -> dict:
@@ -123,7 +122,7 @@ def read_manifest(directory: Path) -> dict:
     path = directory / MANIFEST
     if not path.is_file():
         raise ValueError(f"{directory} holds no finished code cache: bash scripts/cache_codes.sh --out {directory} …")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = read_json(path)
     if manifest.get("version") != VERSION:
         raise ValueError(f"{path} is of version {manifest.get('version')}, not {VERSION}: build the cache again")
     return manifest
@@ -201,19 +200,9 @@ def build_split(views: Views, vae: VQVAE, sides: ScaleSchedule, flags: CacheFlag
     me.wait()
     if not me.first:
         return {}
-    save_array(directory / LABELS, np.concatenate([np.load(path) for path in labels]))
+    save_array(directory / LABELS, np.concatenate([read_array(path) for path in labels]))
     described = [{"file": path.name, "bytes": path.stat().st_size, "sha256": digest(path)} for path in codes]
     return {"images": len(views), "crops": crops, "shard_images": config.shard_images, "shards": described}
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """A .npy file, complete or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def build(flags: CacheFlags, me: Ranks) -> Path:
@@ -224,8 +213,7 @@ def build(flags: CacheFlags, me: Ranks) -> Path:
         raise ValueError(f"codes are stored in 16 bits, this tokenizer has {vae.config.codebook_size}")
     if config.image_size % vae.config.factor:
         raise ValueError(f"--image_size must be a multiple of {vae.config.factor}, got {config.image_size}")
-    views = [open_dataset(flags.data, config.image_size, config.seed, split) for split in ("train", "val")]
-    views = [v for v in views if v is not None]
+    views = [v for v in open_splits(flags.data, config.image_size, config.seed, out) if v is not None]
     settings = {
         "version": VERSION,
         "tokenizer_sha256": digest_of(vae),
@@ -240,7 +228,7 @@ def build(flags: CacheFlags, me: Ranks) -> Path:
         "images_sha256": {split_of(v): fingerprint(v) for v in views},
     }
     record = out / "settings.json"
-    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) != settings:
+    if record.is_file() and read_json(record) != settings:
         raise ValueError(f"{out} holds a cache of other settings (see {record}): use another --out")
     me.wait()  # every rank has compared before the first one writes
     if me.first:

@@ -19,9 +19,14 @@ class DataConfig:
     cifar10: torchvision's, in DATA_PATH."""
     data_path: str = ""  # where the data set lies
     workers: int = 8  # loader processes a rank
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """a file that is no usable image: stop and name it, or take the next good one and list it in bad_images.txt"""
+    bad_image_limit: float = 0.001  # on_bad_image skip: stop when more than this share of the images is bad
 
     def __post_init__(self):
-        at_least(self, workers=0)
+        at_least(self, workers=0, bad_image_limit=0)
+        only_with(self, self.dataset == "folder", "--dataset folder", ["on_bad_image"])
+        only_with(self, self.on_bad_image == "skip", "--on_bad_image skip", ["bad_image_limit"])
         only_with(self, self.dataset != "digits", "a data set on disk", ["data_path"])
 
 
@@ -153,10 +158,20 @@ class RunConfig:
     out_dir: str = ""  # everything the run writes; empty: out/EXP_NAME
     seed: int = 0  # seed of everything random
     save_every_steps: int = 0  # steps between checkpoints; 0: at the end of each epoch. The last step always saves
+    save_every_minutes: float = 0  # save also when the last checkpoint is older than this; 0: never
     keep: int = 2  # newest checkpoints that stay
+    keep_every_epochs: int = 0  # save at the end of every so many epochs, and keep that for good; 0: none
+    allow_change: bool = False  # go on with a run although its model, data or batch were others
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """a loss or gradient that is not finite: stop before it changes a weight, or drop the step"""
+    max_skipped: int = 10  # on_nonfinite skip: stop after dropping this many steps
+    timeout_minutes: float = 30  # stop when a rank has not been heard of for so long
 
     def __post_init__(self):
-        at_least(self, seed=0, save_every_steps=0, keep=1)
+        at_least(self, seed=0, save_every_steps=0, save_every_minutes=0, keep=1, keep_every_epochs=0, max_skipped=0)
+        only_with(self, self.on_nonfinite == "skip", "--on_nonfinite skip", ["max_skipped"])
+        if self.timeout_minutes <= 0:
+            raise ValueError(f"--timeout_minutes must be positive, got {self.timeout_minutes}")
 
     @property
     def directory(self) -> Path:
@@ -263,3 +278,17 @@ class TokenizerTrainConfig:
 
     def __post_init__(self):
         check_watch(self)
+
+
+# What a run cannot change on the way: the model, and which images come at which step.
+FIXED = {
+    *("dataset", "bs", "seed", "training_mode", "depth", "width", "num_classes", "pn", "schedule", "supervision"),
+    *("image_size", "base_width", "width_mult", "res_blocks", "z_channels", "codebook_size", "codebook_dim"),
+    *("images", "class_names_sha256", "model_classes", "tokenizer_sha256"),
+}
+
+
+def changes(old: dict, new: dict) -> dict[str, str]:
+    """Name → "--flag old → new" of what differs between two configs (groups of names)."""
+    pairs = [(name, old.get(g, {}).get(name), value) for g, flags in new.items() for name, value in flags.items()]
+    return {name: f"--{name} {before} → {after}" for name, before, after in pairs if before != after}

@@ -6,9 +6,11 @@ seed alone, so a run can stop anywhere and go on, on any number of ranks.
 
 from __future__ import annotations
 
-import math
+import argparse
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,15 +22,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets as tv_datasets
+from tqdm import tqdm
 
 from models.scales import ScaleSchedule
 from models.vqvae import VQVAE
 from utils.config import DataConfig
-from utils.distributed import Ranks
+from utils.images import BadImage, SkipBad, View, adm_crop, problem, read_image, shift_and_rotate, small_image
 from utils.optim import exact_convolutions
+from utils.process import become_worker
 
 Key = tuple[int, int]  # epoch, index
-View = Callable[[Image.Image, int, random.Random | None], Image.Image]  # size; no rng: the evaluation view
 
 
 @dataclass(frozen=True)
@@ -61,52 +64,26 @@ def encode_batch(
         return CodeBatch(labels, {s: vae.codes(vae.encode(image), s) for s, image in small.items()})
 
 
-# ---------------------------------------------------------------------------------------------------- views
-
-
-def adm_crop(image: Image.Image, size: int, rng: random.Random | None) -> Image.Image:
-    """ImageNet's crop. Training: short side drawn from [size, ⌈size/0.88⌉], random crop, flip; else centre crop."""
-    short = rng.randint(size, math.ceil(size / 0.88)) if rng else size
-    while min(image.size) >= 2 * short:  # halving by box first keeps the bicubic step free of aliasing
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = short / min(image.size)
-    resized = (max(size, round(image.width * scale)), max(size, round(image.height * scale)))
-    image = image.resize(resized, Image.Resampling.BICUBIC)
-    free_x, free_y = image.width - size, image.height - size
-    left, top = (rng.randint(0, free_x), rng.randint(0, free_y)) if rng else (free_x // 2, free_y // 2)
-    image = image.crop((left, top, left + size, top + size))
-    flip = rng is not None and rng.random() < 0.5
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
-
-
-def shift_and_rotate(image: Image.Image, size: int, rng: random.Random | None) -> Image.Image:
-    """Digits: turned by up to 10° and shifted by up to a sixteenth of the side; black comes in at the edges."""
-    image = image.resize((size, size), Image.Resampling.BICUBIC)
-    if rng is None:
-        return image
-    reach = size / 16
-    shift = (rng.uniform(-reach, reach), rng.uniform(-reach, reach))
-    return image.rotate(rng.uniform(-10, 10), resample=Image.Resampling.BILINEAR, translate=shift)
-
-
-def small_image(image: Image.Image, size: int, rng: random.Random | None) -> Image.Image:
-    """CIFAR-10: a flip, no crop."""
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    flip = rng is not None and rng.random() < 0.5
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
-
-
 # ------------------------------------------------------------------------------------------------- data sets
 
 
 class Views(Dataset):
     """(epoch, index) → the image of that index as that epoch sees it, (3, size, size) in [-1, 1], and its label."""
 
-    def __init__(self, source: Sequence, classes: list[str], view: View, size: int, seed: int, training: bool):
+    def __init__(
+        self,
+        source: Sequence,
+        classes: list[str],
+        view: View,
+        size: int,
+        seed: int,
+        training: bool,
+        skip: SkipBad | None = None,
+    ):
         self.source, self.classes = source, classes
         self.view, self.size = view, size
         self.seed, self.training = seed, training
+        self.skip = skip
 
     def __len__(self) -> int:
         return len(self.source)
@@ -118,12 +95,23 @@ class Views(Dataset):
 
     def views(self, index: int, epochs: Sequence[int]) -> tuple[Tensor, int]:
         """An image, read once, as several epochs see it (epochs, 3, size, size), and its label."""
-        image, label = self.source[index]
+        image, label = self.read(index)
         image, pixels = image.convert("RGB"), []
         for epoch in epochs:
             rng = random.Random(f"view/{self.seed}/{epoch}/{index}") if self.training else None
             pixels.append(np.array(self.view(image, self.size, rng), dtype=np.float32))  # (size, size, 3), 0…255
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1, label
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """An image and its label; with `skip`, those of the next good one where it is bad."""
+        if self.skip is None:
+            return self.source[index]
+        for place in range(index, index + len(self)):
+            try:
+                return self.source[place % len(self)]
+            except BadImage as error:
+                self.skip.note(error, len(self))
+        raise BadImage("no image can be read")
 
 
 @lru_cache
@@ -141,15 +129,6 @@ def digits(train: bool) -> list[tuple[Image.Image, int]]:
     return [(Image.fromarray(p), int(label)) for p, label in zip(pictures, labels, strict=True)]
 
 
-def read_image(path: str) -> Image.Image:
-    """An RGB picture; a file that is damaged is named."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from None
-
-
 def check_dataset(config: DataConfig) -> None:
     """Whether the training data lie where the flags say."""
     if config.dataset == "digits":
@@ -164,8 +143,11 @@ def check_dataset(config: DataConfig) -> None:
         raise ValueError(f"no directory {root / 'train'}: --data_path must hold train/<class>/<image files>")
 
 
-def open_dataset(config: DataConfig, size: int, seed: int, split: str) -> Views | None:
-    """The training ("train") or held-out ("val") part of a data set; None when a folder has no val/."""
+def open_dataset(config: DataConfig, size: int, seed: int, split: str, directory: Path = Path()) -> Views | None:
+    """The training ("train") or held-out ("val") part of a data set; None when a folder has no val/.
+
+    With --on_bad_image skip, DIRECTORY/bad_images.txt lists the bad ones.
+    """
     check_dataset(config)
     training = split == "train"
     if config.dataset == "digits":
@@ -183,7 +165,14 @@ def open_dataset(config: DataConfig, size: int, seed: int, split: str) -> Views 
     trained = {p.name for p in (folder.parent / "train").iterdir() if p.is_dir()}
     if set(source.classes) != trained:
         raise ValueError(f"the classes in {folder} are not those in {folder.parent / 'train'}")
-    return Views(source, source.classes, adm_crop, size, seed, training)
+    skip = SkipBad(directory / "bad_images.txt", config.bad_image_limit) if config.on_bad_image == "skip" else None
+    return Views(source, source.classes, adm_crop, size, seed, training, skip)
+
+
+def open_splits(config: DataConfig, size: int, seed: int, directory: Path) -> tuple[Views, Views | None]:
+    """Both parts of a data set, for a run that writes to `directory`."""
+    train, val = (open_dataset(config, size, seed, split, directory) for split in ("train", "val"))
+    return train, val
 
 
 # --------------------------------------------------------------------------------------------------- order
@@ -197,10 +186,12 @@ class StepSampler(Sampler[list[Key]]):
     never overlap, and the batch of a step does not depend on how many ranks there are.
     """
 
-    def __init__(self, size: int, seed: int, batch: int, micro_batch: int, ranks: Ranks, start: int, total: int):
+    def __init__(
+        self, size: int, seed: int, batch: int, micro_batch: int, rank: int, world: int, start: int, total: int
+    ):
         self.size, self.seed, self.batch, self.micro_batch = size, seed, batch, micro_batch
-        self.ranks, self.start, self.total = ranks, start, total
-        self.accumulate = accumulation(batch, micro_batch, ranks.world)
+        self.rank, self.world, self.start, self.total = rank, world, start, total
+        self.accumulate = accumulation(batch, micro_batch, world)
         self.order = lru_cache(maxsize=2)(self._order)
 
     def _order(self, epoch: int) -> Tensor:
@@ -218,7 +209,7 @@ class StepSampler(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         for step in range(self.start, self.total):
             for a in range(self.accumulate):
-                first = step * self.batch + (a * self.ranks.world + self.ranks.rank) * self.micro_batch
+                first = step * self.batch + (a * self.world + self.rank) * self.micro_batch
                 yield [self.key(p) for p in range(first, first + self.micro_batch)]
 
 
@@ -238,7 +229,47 @@ def make_loader(
         batch_sampler=sampler,
         collate_fn=getattr(dataset, "collate", None),  # a data set that reads whole batches has its own
         num_workers=workers,
+        worker_init_fn=become_worker,
         pin_memory=device.type == "cuda",
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
     )
+
+
+# ------------------------------------------------------------------------------------------- command line
+
+
+def scan(folder: Path) -> int:
+    """Read every image below FOLDER/<class>/, say what is wrong and how many there are. Returns the bad ones."""
+    try:
+        samples = tv_datasets.ImageFolder(str(folder), loader=read_image).samples
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    paths = [path for path, _ in samples]
+    with ProcessPoolExecutor() as pool:
+        found = list(tqdm(pool.map(problem, paths, chunksize=16), total=len(paths), desc=str(folder), unit="image"))
+    bad = [line for line in found if line]
+    sizes = Counter(label for _, label in samples).values()
+    others = sum(p.is_file() for p in folder.rglob("*")) - len(paths)
+    print("\n".join(bad + [""] * bool(bad)), end="")
+    classes = f"{len(sizes)} classes of {min(sizes)}…{max(sizes)}"
+    print(f"{folder}: {len(paths)} images, {len(bad)} bad, {others} other files; {classes}")
+    return len(bad)
+
+
+def main() -> None:
+    """Read every image of a data set: python -m utils.data check DIR (with train/ and val/, or class folders)."""
+    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("command", choices=["check"])
+    parser.add_argument("directory", type=Path)
+    root = parser.parse_args().directory
+    folders = [root / split for split in ("train", "val") if (root / split).is_dir()] or [root]
+    try:
+        if sum([scan(folder) for folder in folders]):
+            raise SystemExit(1)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ import ctypes
 import inspect
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
+
+from utils.process import die_with_parent
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,28 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def highest(self, values: Sequence[float]) -> list[float]:
+        """The largest over the ranks of each of some numbers that the host knows. No device waits for it."""
+        numbers = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return numbers.tolist()
+
+    def everyones(self, thing: Any) -> list:
+        """Something small from each rank, on every rank."""
+        things = [thing] * self.world
+        if self.world > 1:
+            dist.all_gather_object(things, thing)
+        return things
+
     @contextmanager
-    def user_errors(self) -> Iterator[None]:
-        """A ValueError inside is something a user can mend: one line, no traceback."""
+    def user_errors(self, *kinds: type[Exception]) -> Iterator[None]:
+        """A ValueError (or one of these kinds) inside is something a user can mend: one line, no traceback."""
+        caught = kinds or (ValueError,)
         try:
             yield
-        except ValueError as error:
+        except caught as error:
+            traceback.clear_frames(error.__traceback__)  # lets a loader go, and with it its workers, before the end
             where = "" if self.first else f" (rank {self.rank})"
             print(f"error{where}: {error}", file=sys.stderr)
             raise SystemExit(1) from None
@@ -128,7 +147,8 @@ def ranks(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
     if "RANK" not in os.environ:
         yield Ranks(0, 1, device)
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    die_with_parent()  # a launcher that is killed takes its ranks along
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)

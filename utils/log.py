@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import platform
+import subprocess
 import sys
 import time
-from collections import defaultdict
+import uuid
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torchvision
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.config import LogConfig
+from utils.config import LogConfig, TokenizerTrainConfig, TrainConfig
 from utils.distributed import Ranks
+from utils.files import replacing
 
 
 class Silent:
@@ -33,12 +39,10 @@ class JsonLines(Silent):
     """One JSON object a line, each with its step. Lines past `start` are from before a resume, and dropped."""
 
     def __init__(self, path: Path, start: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("}\n")]  # a killed run may leave half a line
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
         self.file = path.open("a", buffering=1)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -72,7 +76,13 @@ class WandB(Silent):
         import wandb
 
         self.wandb = wandb
+        record = directory / "wandb_run_id"
+        if not record.is_file():
+            with replacing(record) as partial:
+                partial.write_text(uuid.uuid4().hex)
         self.run = wandb.init(
+            id=record.read_text(),
+            resume="allow",  # a step that is there already is not written again
             project=config.wandb_project,
             entity=config.wandb_entity or None,
             name=config.wandb_run_name or name,
@@ -111,44 +121,60 @@ class Several(Silent):
             logger.close()
 
 
-def make_logger(config: LogConfig, ranks: Ranks, directory: Path, name: str, run_config: dict, start: int) -> Silent:
+def make_logger(config: TrainConfig | TokenizerTrainConfig, ranks: Ranks, start: int) -> Silent:
     """The loggers of a run that goes on after step `start`; silent but on the first rank."""
     if not ranks.first:
         return Silent()
+    directory, kind = config.run.directory, config.log.logger_type
     loggers: list[Silent] = [JsonLines(directory / "metrics.jsonl", start)]
-    if config.logger_type == "tensorboard":
+    if kind == "tensorboard":
         loggers.append(TensorBoard(directory / "tensorboard", start))
-    elif config.logger_type == "wandb":
-        loggers.append(WandB(config, name, directory, run_config))
+    elif kind == "wandb":
+        loggers.append(WandB(config.log, config.run.exp_name, directory, asdict(config)))
     return Several(loggers)
 
 
 class Meter:
-    """Means of named tensors over steps. Nothing leaves the device until `means` is called."""
+    """Means of named tensors over steps, those left out that are not finite. Nothing leaves the device until `means` or
+    `state` is called."""
 
     def __init__(self):
-        self.sums: dict[str, Tensor] = {}
-        self.counts: defaultdict[str, int] = defaultdict(int)
+        self.waiting: list[tuple[tuple[str, ...], Tensor]] = []
+        self.sums: dict[str, list[float]] = {}  # name → [sum, count]
 
     def add(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.detach().float().clone()
-            self.counts[name] += 1
+        self.waiting.append((tuple(values), torch.stack([value.detach().float() for value in values.values()])))
 
-    def peek(self, ranks: Ranks) -> dict[str, float]:
-        """The means over steps and ranks since `means` was called. All ranks must have added the same names."""
-        names = sorted(self.sums)
-        if not names:
-            return {}
-        stacked = torch.stack([self.sums[n] / self.counts[n] for n in names])
-        return dict(zip(names, ranks.mean(stacked).tolist(), strict=True))
+    def state(self) -> dict[str, list[float]]:
+        """What has been added up on this rank since `means` was called."""
+        if self.waiting:
+            names = [name for some, _ in self.waiting for name in some]
+            numbers = torch.cat([numbers for _, numbers in self.waiting]).tolist()
+            self.waiting.clear()
+            for name, number in zip(names, numbers, strict=True):
+                total = self.sums.setdefault(name, [0.0, 0.0])
+                if math.isfinite(number):
+                    total[0] += number
+                    total[1] += 1
+        return self.sums
+
+    def restore(self, states: list[dict[str, list[float]]], ranks: Ranks) -> None:
+        """Go on from the states of all ranks; of another number of ranks, from their share."""
+        if len(states) == ranks.world:
+            self.sums = states[ranks.rank]
+        elif states:
+            shares = {name: [[s[name][k] / ranks.world for s in states] for k in (0, 1)] for name in states[0]}
+            self.sums = {name: [sum(totals), sum(counts)] for name, (totals, counts) in shares.items()}
 
     def means(self, ranks: Ranks) -> dict[str, float]:
-        """`peek`, and start anew."""
-        values = self.peek(ranks)
-        self.sums.clear()
-        self.counts.clear()
-        return values
+        """The means over steps and ranks, and start anew. All ranks must have added the same names."""
+        names = sorted(self.state())
+        if not names:
+            return {}
+        table = torch.tensor([self.sums[name] for name in names], dtype=torch.float64)  # (names, 2)
+        total, count = ranks.sum(table).unbind(1)
+        self.sums = {}
+        return dict(zip(names, (total / count).tolist(), strict=True))
 
 
 class Progress:
@@ -200,3 +226,36 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def versions(me: Ranks) -> dict[str, str]:
+    """What a run or an evaluation was computed with."""
+    device = torch.cuda.get_device_name(me.device) if me.device.type == "cuda" else platform.processor() or "cpu"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": f"{me.world} × {device}",
+    }
+
+
+def git_state() -> str:
+    """The commit of this code, "+" when files differ from it; empty outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def record_start(directory: Path, me: Ranks, step: int) -> None:
+    """A line in DIRECTORY/starts.jsonl: when, from which step, by which command, with which code and libraries."""
+    line = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "step": step,
+        "command": sys.argv,  # holds no key: see utils/flags.py
+        "git": git_state(),
+        **versions(me),
+    }
+    with (directory / "starts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -90,11 +90,18 @@ class MovingAverage:
         torch._foreach_lerp_(average, current, 1 - self.decay)
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, clip: float) -> torch.Tensor:
-    """One optimiser step from the accumulated gradients. Returns their norm before clipping."""
+def clip_gradients(
+    model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, limit: float
+) -> torch.Tensor:
+    """Scale the accumulated gradients down to a norm of `limit` (0: as they are). Returns their norm before that."""
     precision.scaler.unscale_(optimizer)
-    norm = gathered(nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf")))
+    return gathered(nn.utils.clip_grad_norm_(model.parameters(), limit or float("inf")))
+
+
+def apply_gradients(optimizer: torch.optim.Optimizer, precision: Precision, skip: torch.Tensor) -> None:
+    """One optimiser step, unless `skip` is 1.0: decided on the device, as a gradient scaler does it."""
+    if not precision.scaler.is_enabled():  # an enabled one finds out itself, from the gradients
+        optimizer.found_inf = skip
     precision.scaler.step(optimizer)
     precision.scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return norm

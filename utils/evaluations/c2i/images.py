@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from utils.data import adm_crop
+from utils.files import read_array, replacing
+from utils.images import adm_crop
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
@@ -140,14 +141,13 @@ def open_images(path: str | Path, size: int = 0) -> ImageSource:
 
 def write_npz(parts: Sequence[Path], path: Path) -> None:
     """Join .npy files of images (n, H, W, 3) into the npz that the guided-diffusion evaluator takes."""
-    shapes = [np.load(part, mmap_mode="r").shape for part in parts]
+    shapes = [read_array(part, mmap=True).shape for part in parts]
     header = {"descr": "|u1", "fortran_order": False, "shape": (sum(s[0] for s in shapes), *shapes[0][1:])}
-    partial = path.with_name(f".{path.name}.partial")
     with (
+        replacing(path) as partial,
         zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as member,
     ):
         np.lib.format.write_array_header_1_0(member, header)
         for part in parts:
-            member.write(np.load(part).tobytes())
-    partial.replace(path)
+            member.write(read_array(part).tobytes())

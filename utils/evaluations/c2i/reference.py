@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.checkpoint import digest
 from utils.config_sampling import EvalConfig
 from utils.distributed import Ranks
 from utils.evaluations.c2i.features import Extractor
 from utils.evaluations.c2i.images import ImageSource, fingerprint, npz_array, open_images
 from utils.evaluations.c2i.metrics import Statistics
 from utils.evaluations.c2i.store import FeatureStore
+from utils.files import digest, replacing
 
 IMAGENET = Path(__file__).parents[3] / "pretrained/VIRTUAL_imagenet256_labeled.npz"
 IMAGENET_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/" + IMAGENET.name
@@ -42,18 +42,16 @@ class Reference:
 
 def save_reference(reference: Reference, features: str, path: Path) -> None:
     """An npz with mu, sigma, mu_s, sigma_s as in guided-diffusion's, and the pooled features instead of the images."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial.npz")
-    np.savez(
-        partial,
-        mu=reference.pool.mean.numpy(),
-        sigma=reference.pool.covariance.numpy(),
-        mu_s=reference.spatial.mean.numpy(),
-        sigma_s=reference.spatial.covariance.numpy(),
-        pool=reference.features.numpy(),
-        features=np.array(features),
-    )
-    partial.replace(path)
+    arrays = {
+        "mu": reference.pool.mean.numpy(),
+        "sigma": reference.pool.covariance.numpy(),
+        "mu_s": reference.spatial.mean.numpy(),
+        "sigma_s": reference.spatial.covariance.numpy(),
+        "pool": reference.features.numpy(),
+        "features": np.array(features),
+    }
+    with replacing(path) as partial, partial.open("wb") as file:  # given a name, NumPy would append .npz to it
+        np.savez(file, **arrays)
 
 
 def saved_statistics(path: Path) -> tuple[Statistics, Statistics] | None:

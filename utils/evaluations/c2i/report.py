@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 
-import torch
-import torchvision
-
-from utils.checkpoint import write_json
 from utils.config_sampling import EvalConfig
-from utils.distributed import Ranks
 from utils.evaluations.c2i.features import Extractor
 from utils.evaluations.c2i.metrics import Statistics, frechet_distance, inception_score, precision_recall
 from utils.evaluations.c2i.reference import Reference
 from utils.evaluations.c2i.store import FeatureStore
+from utils.files import write_json
 
 # What a number is called depends on the features: only Inception's are what the field calls FID and IS.
 NAMES = {"frechet": "fid", "spatial": "sfid", "score": "inception_score", "precision": "precision", "recall": "recall"}
@@ -48,17 +43,6 @@ def name_all(values: dict[str, float], features: str) -> dict[str, float]:
     if features == "inception":
         return {NAMES[key]: values[key] for key in NAMES if key in values}
     return {f"{OTHERS[key]}_{features}": values[key] for key in OTHERS if key in values}
-
-
-def versions(me: Ranks) -> dict[str, str]:
-    """What the numbers were computed with."""
-    device = torch.cuda.get_device_name(me.device) if me.device.type == "cuda" else platform.processor() or "cpu"
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "device": f"{me.world} × {device}",
-    }
 
 
 def write_report(report: dict, directory: Path) -> None:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.checkpoint import write_json
 from utils.distributed import Ranks
 from utils.evaluations.c2i.features import Extractor
 from utils.evaluations.c2i.images import ImageSource
+from utils.files import as_json, read_json, save_tensors, write_json
 
 Keep = Callable[[range, Tensor], None]  # what else is done with the images (n, 3, H, W) of a chunk
 
@@ -27,12 +24,12 @@ class FeatureStore:
 
     def __init__(self, directory: Path, total: int, chunk: int, settings: dict, ranks: Ranks):
         self.directory, self.total, self.chunk, self.ranks = directory, total, chunk, ranks
-        described = {"total": total, "chunk": chunk, **settings}
+        described = as_json({"total": total, "chunk": chunk, **settings})
         record = directory / "settings.json"
-        found = json.loads(record.read_text()) if record.is_file() else None
+        found = read_json(record) if record.is_file() else None
         ranks.wait()  # all have looked before the first writes
-        if found is not None and found != json.loads(json.dumps(described)):
-            changed = [k for k in described if found.get(k) != json.loads(json.dumps(described[k]))]
+        if found is not None and found != described:
+            changed = [k for k in described if found.get(k) != described[k]]
             raise ValueError(
                 f"{directory} holds features of other settings ({', '.join(changed)}): use another --out_dir"
             )
@@ -80,10 +77,7 @@ class FeatureStore:
         """One chunk; its images first, so that a chunk that is there is complete."""
         if keep is not None:
             keep(self.indices(chunk), images)
-        target = self.path(chunk)
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
-        save_file({"pool": pool.contiguous(), "spatial": spatial.contiguous()}, partial)
-        partial.replace(target)
+        save_tensors(self.path(chunk), {"pool": pool, "spatial": spatial})
 
     def read(self, name: str) -> Iterator[Tensor]:
         """The "pool" or "spatial" features, chunk by chunk, in the order of the images."""

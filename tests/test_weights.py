@@ -1,0 +1,120 @@
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models import FlexVAR, FlexVARConfig, SARPipeline, build_vae_var
+from models.pipeline import open_pipeline
+from tests.conftest import ALONE, config_of
+from train import build
+from utils.weights import load_flexvar, load_strictly, load_tokenizer
+
+
+def containers(weights, tmp_path):
+    """The same weights in every layout that is read."""
+    torch.save(weights, tmp_path / "bare.pth")
+    torch.save({"model": weights}, tmp_path / "model.pth")
+    training = {"epoch": 1, "iter": 2, "trainer": {"var_wo_ddp": weights, "other": 1}, "args": {"depth": 2}}
+    torch.save(training, tmp_path / "training.pth")
+    save_file(weights, tmp_path / "ours.safetensors")
+    return [tmp_path / name for name in ("bare.pth", "model.pth", "training.pth", "ours.safetensors")]
+
+
+def test_every_container_gives_the_same_transformer(model, tmp_path):
+    weights = {**model.state_dict(), "attn_bias_for_masking": torch.zeros(1, 1, 5, 5)}  # of any size: ignored
+    for path in containers(weights, tmp_path):
+        loaded = load_flexvar(path)
+        assert loaded.config.depth == 2
+        assert loaded.config.width == 128
+        assert (loaded.config.num_classes, loaded.config.codebook_size, loaded.config.codebook_dim) == (10, 128, 32)
+        for name, tensor in loaded.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_every_container_gives_the_same_tokenizer(vae, tmp_path):
+    for path in containers(vae.state_dict(), tmp_path):
+        loaded = load_tokenizer(path)
+        assert loaded.config == vae.config
+        assert not loaded.training
+        assert not any(p.requires_grad for p in loaded.parameters())
+        assert torch.equal(loaded.codebook, vae.codebook)
+
+
+def broken(weights, how):
+    weights = dict(weights)
+    if how == "half":
+        return dict(list(weights.items())[: len(weights) // 2])
+    if how == "extra":
+        return {**weights, "surplus.weight": torch.zeros(2)}
+    if how == "prefixed":
+        return {f"module.{name}": tensor for name, tensor in weights.items()}
+    return {**weights, "head.weight": torch.zeros(128, 64)}
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("half", "missing: "),
+        ("extra", "unexpected: surplus.weight"),
+        ("prefixed", "unexpected: module."),
+        ("shape", r"another shape: head.weight \(128, 64\) in the file, \(128, 128\) here"),
+    ],
+)
+def test_what_differs_is_listed_and_nothing_is_loaded(model, how, message):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_strictly(model, broken(model.state_dict(), how), "some.pth")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_another_depth_is_refused(model):
+    deeper = FlexVAR(FlexVARConfig(depth=3, width=128, num_classes=10, codebook_size=128))
+    with pytest.raises(ValueError, match=r"missing: blocks\.2\."):
+        load_strictly(deeper, model.state_dict(), "d2.pth")
+
+
+class Bomb:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (str(self.target), "w"))
+
+
+@pytest.mark.parametrize("load", [load_flexvar, load_tokenizer])
+def test_files_that_are_something_else_are_named_and_run_nothing(load, model, vae, tmp_path):
+    torch.save({"model": Bomb(tmp_path / "executed")}, tmp_path / "bomb.pth")
+    (tmp_path / "bomb2.pth").write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    torch.save(model.state_dict(), tmp_path / "cut.pth")
+    whole = (tmp_path / "cut.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    torch.save({"epoch": 3}, tmp_path / "other.pth")
+    for name in ("bomb.pth", "bomb2.pth", "text.pth", "empty.safetensors", "cut.pth", "other.pth"):
+        with pytest.raises(ValueError, match=name):
+            load(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+    wrong_kind = vae if load is load_flexvar else model
+    torch.save(wrong_kind.state_dict(), tmp_path / "kind.pth")
+    with pytest.raises(ValueError, match="is not a"):
+        load(tmp_path / "kind.pth")
+    with pytest.raises(ValueError, match="no weight file"):
+        load(tmp_path / "absent.pth")
+
+
+def test_no_entry_point_executes_a_pickle(flags, small_vae_file, tmp_path):
+    mark = tmp_path / "executed"
+    torch.save({"model": Bomb(mark)}, bomb := tmp_path / "bomb.pth")
+    entries = [
+        lambda: build_vae_var(vae_ckpt=bomb),
+        lambda: SARPipeline.from_files(bomb, bomb),
+        lambda: open_pipeline(str(bomb), str(small_vae_file)),
+        lambda: build(config_of(flags, f"--vae_ckpt={bomb}"), ALONE),
+        lambda: build(config_of(flags, f"--init_ckpt={bomb}"), ALONE),
+    ]
+    for entry in entries:
+        with pytest.raises(ValueError, match=r"bomb\.pth"):
+            entry()
+    assert not mark.exists()

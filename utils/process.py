@@ -1,0 +1,77 @@
+"""A run as a process among others: signals, its parent's death, and the lock on its directory."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOCK = ".lock"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Remembers the signal that asked this process to save and stop; 0 while there is none.
+
+    A launcher may pass on a signal that the process has had already: repeats change nothing.
+    """
+
+    def __init__(self):
+        self.signal = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Within, SIGTERM and SIGUSR1 do nothing but be remembered."""
+        old = {number: signal.signal(number, self.remember) for number in STOP_SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def remember(self, number: int, frame: object) -> None:
+        self.signal = number
+
+
+def die_with_parent() -> None:
+    """Have the system kill this process when the one that started it is gone (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def become_worker(number: int) -> None:
+    """A loader's worker: it ends when its trainer does or says so, and what is sent to the trainer's group is not for
+    it."""
+    die_with_parent()
+    os.setpgid(0, 0)
+    for stop in STOP_SIGNALS:
+        signal.signal(stop, signal.SIG_DFL)
+
+
+@contextmanager
+def locked(directory: Path, wanted: bool = True) -> Iterator[None]:
+    """Hold a run's directory (if `wanted`: the first rank holds it for all). The system lets go when the process ends.
+
+    Raises ValueError when another process holds it.
+    """
+    if not wanted:
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK).open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its workers do not inherit it
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ValueError(f"{holder} is training in {directory}: stop it, or use another --out_dir") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield

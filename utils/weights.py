@@ -1,0 +1,172 @@
+"""Weight files, released or our own, and the models they hold.
+
+Loads are strict. The known differences of released files are in KNOWN, by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.flexvar import FlexVAR, FlexVARConfig
+from models.vqvae import VQVAE, VQVAEConfig
+from pretrained.download import FILES
+from utils.checkpoint import MANIFEST, MODEL, newest_checkpoint, verify
+from utils.distributed import shared_like
+from utils.files import read_tensors, save_tensors
+
+StateDict = dict[str, Tensor]
+
+# Buffers of released transformer files that depend on the schedule a file was saved with: not part of the model.
+KNOWN = {"attn_bias_for_masking"}
+
+
+def find_weights(path: str | Path, name: str = MODEL) -> Path:
+    """A weight file as it is; of a run's or a checkpoint's directory, the newest weights in it."""
+    path = Path(path)
+    if path.is_dir():
+        if (path / MANIFEST).is_file():
+            verify(path, name)
+        found = (newest_checkpoint(path, name) or path) / name
+        if not found.is_file():
+            raise ValueError(f"{path} holds no {name}")
+        return found
+    if not path.is_file():
+        fetch = f": python pretrained/download.py {path.name} fetches it" if path.name in FILES else ""
+        raise ValueError(f"no weight file {path}{fetch}")
+    return path
+
+
+def read_state_dict(path: str | Path) -> StateDict:
+    """The tensors of a weight file, `.safetensors` or `.pth`, out of whichever container holds them."""
+    path = find_weights(path)
+    found = read_tensors(path)
+    return found if path.suffix == ".safetensors" else unwrap(found, path)
+
+
+def unwrap(found: object, path: Path) -> StateDict:
+    """Released containers: {'model': state dict}, {'trainer': {'var_wo_ddp': state dict}}, or a bare one."""
+    if isinstance(found, dict) and isinstance(found.get("trainer"), dict):
+        found = found["trainer"].get("var_wo_ddp")
+    elif isinstance(found, dict) and isinstance(found.get("model"), dict):
+        found = found["model"]
+    if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
+        raise ValueError(f"{path} holds no state dict in a layout known here")
+    return found
+
+
+def load_strictly(module: nn.Module, weights: StateDict, source: str | Path, assign: bool = False) -> None:
+    """Load every tensor by name and shape, or say all that differs and load nothing.
+
+    With `assign` the file's tensors become the module's, as fp32; else they are copied into the module's.
+    """
+    weights = {name: tensor for name, tensor in weights.items() if name not in KNOWN}
+    own = module.state_dict()
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} here"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    kinds = {
+        "missing": [name for name in own if name not in weights],
+        "unexpected": [name for name in weights if name not in own],
+        "another shape": shapes,
+        "not finite": [name for name, x in weights.items() if x.is_floating_point() and not x.isfinite().all()],
+    }
+    if any(kinds.values()):
+        lines = [f"\n  {kind}: {some(names)}" for kind, names in kinds.items() if names]
+        raise ValueError(f"{source} does not fit this model:" + "".join(lines))
+    if assign:
+        weights = {name: t.float() if t.is_floating_point() else t for name, t in weights.items()}
+    weights = {name: shared_like(tensor, own[name]) for name, tensor in weights.items()}
+    module.load_state_dict(weights, assign=assign)
+
+
+def some(names: list[str], limit: int = 5) -> str:
+    """The first few of a list, and how many more there are."""
+    rest = f", … and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
+
+
+def tokenizer_config(weights: StateDict, source: str | Path) -> VQVAEConfig:
+    """A tokenizer's sizes, read off its tensors."""
+    try:
+        base = weights["encoder.conv_in.weight"].shape[0]
+        levels = count(weights, "encoder.conv_blocks.{}.res.0.conv1.weight")
+        widths = [weights[f"encoder.conv_blocks.{i}.res.0.conv1.weight"].shape[0] for i in range(levels)]
+        rows, dim = weights["quantize.embedding.weight"].shape
+        return VQVAEConfig(
+            base_width=base,
+            width_mult=tuple(width // base for width in widths),
+            res_blocks=count(weights, "encoder.conv_blocks.0.res.{}.conv1.weight"),
+            z_channels=weights["encoder.conv_out.weight"].shape[0],
+            codebook_size=rows,
+            codebook_dim=dim,
+        )
+    except KeyError as error:
+        raise ValueError(f"{source} is not a tokenizer: it has no {error.args[0]}") from None
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{source} is not a tokenizer: {error}") from None
+
+
+def flexvar_config(weights: StateDict, source: str | Path) -> FlexVARConfig:
+    """A transformer's sizes, read off its tensors."""
+    try:
+        width, dim = weights["word_embed.weight"].shape
+        return FlexVARConfig(
+            depth=count(weights, "blocks.{}.attn.mat_qkv.weight"),
+            width=width,
+            num_classes=weights["class_emb.weight"].shape[0] - 1,
+            codebook_size=weights["head.weight"].shape[0],
+            codebook_dim=dim,
+        )
+    except KeyError as error:
+        raise ValueError(f"{source} is not a FlexVAR transformer: it has no {error.args[0]}") from None
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{source} is not a FlexVAR transformer: {error}") from None
+
+
+def count(weights: StateDict, pattern: str) -> int:
+    """How many of pattern.format(0), pattern.format(1), … there are."""
+    n = 0
+    while pattern.format(n) in weights:
+        n += 1
+    return n
+
+
+def load_tokenizer(path: str | Path) -> VQVAE:
+    """A tokenizer from a file or a tokenizer run's directory: frozen, in evaluation mode, sizes as in the file.
+
+    Its weights are laid out channels last, which convolutions are faster in.
+    """
+    weights = read_state_dict(path)
+    with torch.device("meta"):  # the weights come from the file: draw none
+        vae = VQVAE(tokenizer_config(weights, path))
+    load_strictly(vae, weights, path, assign=True)
+    return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def load_flexvar(path: str | Path) -> FlexVAR:
+    """A transformer from a file or a run's directory, sizes as in the file."""
+    weights = read_state_dict(path)
+    with torch.device("meta"):
+        model = FlexVAR(flexvar_config(weights, path))
+    load_strictly(model, weights, path, assign=True)
+    return model
+
+
+def digest_of(module: nn.Module) -> str:
+    """SHA-256 over a model's tensors, in the order of their names: equal in every container of the same weights."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().numpy().data)
+    return total.hexdigest()
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """A model's state dict as safetensors."""
+    save_tensors(path, model.state_dict())
