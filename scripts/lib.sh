@@ -37,6 +37,8 @@ launch() {
     if [ "$nnodes" = 1 ] && [ "$nproc" = 1 ]; then
         exec "$PYTHON" "$@"
     fi
+    # Seconds that torchrun gives the ranks to save after a SIGTERM, before it kills them.
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-180}
     rendezvous=(--standalone)
     if [ "$nnodes" != 1 ]; then
         [ -n "${MASTER_ADDR:-}" ] || fail "NNODES is $nnodes: set MASTER_ADDR to the first node's address, and NODE_RANK here"

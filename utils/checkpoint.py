@@ -8,8 +8,6 @@ python -m utils.checkpoint export out/SAR-d16 SARd16.pth  # one file, in the rel
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 import shutil
 import sys
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path, tree_map
 
-from utils.files import digest, flush, read_json, read_tensors, replacing, save_tensors, write_json
+from utils.files import digest, flush, read_sealed, read_tensors, replacing, save_tensors, write_sealed
 
 StateDict = dict[str, Tensor]
 
@@ -54,17 +52,9 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def seal(content: dict) -> dict:
-    """The content with its own SHA-256."""
-    text = json.dumps(content, sort_keys=True)
-    return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
 def read_manifest(path: Path) -> dict:
     """A checkpoint's manifest: files, step, and the settings it was trained with. Raises ValueError if damaged."""
-    manifest = read_json(path / MANIFEST)
-    if manifest != seal({name: value for name, value in manifest.items() if name != "sha256"}):
-        raise ValueError(f"{path / MANIFEST} is damaged: its SHA-256 is another")
+    manifest = read_sealed(path / MANIFEST)
     if manifest.get("version") != VERSION:
         raise ValueError(f"{path / MANIFEST} is of version {manifest.get('version')}, not {VERSION}")
     return manifest
@@ -180,7 +170,7 @@ class Checkpoints:
                 torch.save(state, path)
             files = {p.name: {"bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(partial.iterdir())}
             content = {"version": VERSION, "step": step, "kept": kept, "files": files, **about}
-            write_json(partial / MANIFEST, seal(content))
+            write_sealed(partial / MANIFEST, content)
             flush(partial)
             self.discard(target)
             os.replace(partial, target)

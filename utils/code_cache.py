@@ -26,12 +26,12 @@ from models.vqvae import VQVAE
 from utils.config import DataConfig
 from utils.data import CodeBatch, Key, Views, encode_batch, open_splits
 from utils.distributed import Ranks, ranks
-from utils.files import digest, read_array, read_json, save_array, write_json
+from utils.files import digest, read_array, read_json, read_sealed, save_array, write_json, write_sealed
 from utils.flags import at_least, parse
 from utils.weights import digest_of, load_tokenizer
 
 MANIFEST, LABELS = "manifest.json", "labels.npy"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class CodeCache(Dataset):
         self.crops, self.shard_rows = part["crops"], part["shard_images"] * part["crops"]
         self.files = [shard["file"] for shard in part["shards"]]
         self.labels = read_array(self.directory / LABELS)
-        if len(self.labels) != part["images"]:
-            raise ValueError(f"{self.directory / LABELS} holds {len(self.labels)} labels, not {part['images']}")
+        if digest(self.directory / LABELS) != part["labels_sha256"]:
+            raise ValueError(f"{self.directory / LABELS} is damaged: build the cache again (finished shards are kept)")
         for shard in part["shards"]:  # a missing or short file is found here, not after an hour
             path = self.directory / shard["file"]
             if not path.is_file() or path.stat().st_size != shard["bytes"]:
@@ -122,7 +122,7 @@ def read_manifest(directory: Path) -> dict:
     path = directory / MANIFEST
     if not path.is_file():
         raise ValueError(f"{directory} holds no finished code cache: bash scripts/cache_codes.sh --out {directory} …")
-    manifest = read_json(path)
+    manifest = read_sealed(path)
     if manifest.get("version") != VERSION:
         raise ValueError(f"{path} is of version {manifest.get('version')}, not {VERSION}: build the cache again")
     return manifest
@@ -202,7 +202,8 @@ def build_split(views: Views, vae: VQVAE, sides: ScaleSchedule, flags: CacheFlag
         return {}
     save_array(directory / LABELS, np.concatenate([read_array(path) for path in labels]))
     described = [{"file": path.name, "bytes": path.stat().st_size, "sha256": digest(path)} for path in codes]
-    return {"images": len(views), "crops": crops, "shard_images": config.shard_images, "shards": described}
+    part = {"images": len(views), "crops": crops, "shard_images": config.shard_images}
+    return {**part, "labels_sha256": digest(directory / LABELS), "shards": described}
 
 
 def build(flags: CacheFlags, me: Ranks) -> Path:
@@ -236,7 +237,7 @@ def build(flags: CacheFlags, me: Ranks) -> Path:
     sides = ScaleSchedule(tuple(settings["sides"]))
     parts = {split_of(v): build_split(v, vae, sides, flags, me) for v in views}
     if me.first:
-        write_json(out / MANIFEST, {**settings, "splits": parts})
+        write_sealed(out / MANIFEST, {**settings, "splits": parts})
     me.wait()
     return out / MANIFEST
 

@@ -52,6 +52,17 @@ def write_json(path: Path, content: object) -> None:
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def seal(content: dict) -> dict:
+    """The content with its own SHA-256."""
+    text = json.dumps(content, sort_keys=True)
+    return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def write_sealed(path: Path, content: dict) -> None:
+    """JSON that `read_sealed` takes only as it is."""
+    write_json(path, seal(content))
+
+
 def as_json(content: dict) -> dict:
     """What reading it back will give: lists for tuples."""
     return json.loads(json.dumps(content))
@@ -83,11 +94,20 @@ def read_json(path: Path) -> dict:
     return found
 
 
+def read_sealed(path: Path) -> dict:
+    """What `write_sealed` wrote. Raises ValueError when it is anything else."""
+    found = read_json(path)
+    content = {name: value for name, value in found.items() if name != "sha256"}
+    if found != seal(content):
+        raise ValueError(f"{path} is damaged: its SHA-256 is another")
+    return content
+
+
 def read_array(path: Path, mmap: bool = False) -> np.ndarray:
     """A .npy file, without executing anything in it. Raises ValueError when it is none."""
     try:
         return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, MemoryError) as error:
+    except Exception as error:  # whatever a reader raises is this file's fault
         raise ValueError(f"{path} is missing or damaged: {error}") from None
 
 
@@ -105,7 +125,7 @@ def read_tensors(path: Path, mmap: bool = False) -> dict:
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor) and not plain(leaf):
                 raise ValueError(f"a tensor of shape {tuple(leaf.shape)} has fewer numbers than that")
-    except Exception as error:  # noqa: BLE001: whatever a reader raises is this file's fault
+    except Exception as error:  # whatever a reader raises is this file's fault
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
             reason = "it asks for code to be run, which is refused"

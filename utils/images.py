@@ -64,7 +64,7 @@ def read_image(path: str) -> Image.Image:
             if "transparency" in upright.info:
                 upright = upright.convert("RGBA")  # a palette's transparent colour keeps its own red, green and blue
             return upright.convert("RGB")
-    except Exception as error:  # noqa: BLE001: whatever a decoder raises is this file's fault
+    except Exception as error:  # whatever a decoder raises is this file's fault
         raise BadImage(f"cannot use the image {path}: {error}") from None
 
 

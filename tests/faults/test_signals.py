@@ -74,9 +74,9 @@ def test_sigterm_to_torchrun_saves_and_resumes(tiny, tmp_path):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("fault", "limit"), [("killed", 30), ("stopped", 40)])
+@pytest.mark.parametrize(("fault", "limit"), [("killed", 30), ("stopped", 15 + 30 + 15)])
 def test_one_rank_is_lost(fault, limit, tiny, tmp_path):
-    """Killed: torchrun sees it. Stopped: the others' collective times out. Then nothing is left."""
+    """Killed: torchrun sees it. Stopped: the others give up after --timeout_minutes; torchrun waits 30 s more."""
     flags = [*tiny, *LONG, f"--out_dir={tmp_path / 'run'}", "--timeout_minutes=0.25"]
     run = launch(2, flags, tmp_path / "log", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="5")
     run.wait_for("10/100000")
