@@ -7,6 +7,7 @@ python pretrained/download.py SARd16-epo179.pth FlexVAE.pth
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 
@@ -24,7 +25,10 @@ HERE = Path(__file__).resolve().parent
 
 
 def download(name: str, directory: Path = HERE) -> Path:
-    """Fetch one released file, unless it is there. Raises ConnectionError when the Hub cannot be reached."""
+    """Fetch one released file, unless it is there, and check it against the SHA-256 that the Hub gives for it.
+
+    Raises ConnectionError when the Hub cannot be reached or what came is something else.
+    """
     if name not in FILES:
         raise ValueError(f"{name} is no released file; there are {', '.join(FILES)}")
     target = directory / name
@@ -34,13 +38,27 @@ def download(name: str, directory: Path = HERE) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(hf_hub_download(FILES[name], name, local_dir=directory))
+        found = Path(hf_hub_download(FILES[name], name, local_dir=directory))
+        wanted = published_digest(name)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConnectionError(
             f"could not fetch {name} from https://huggingface.co/{FILES[name]} ({reason}); "
             f"fetch it elsewhere and put it at {target}"
         ) from None
+    with found.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != wanted:
+        found.unlink()
+        raise ConnectionError(f"{name} came damaged, and was removed: its SHA-256 is {digest}, not {wanted}")
+    return found
+
+
+def published_digest(name: str) -> str:
+    """The SHA-256 of a released file, as the Hub gives it."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    return get_hf_file_metadata(hf_hub_url(FILES[name], name)).etag or ""
 
 
 def offer(path: str | Path) -> None:

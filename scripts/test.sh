@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Lint, format and tests; sets itself up on a bare machine. Arguments go to pytest: bash scripts/test.sh -k sampling
+# bash scripts/test.sh --faults: all injected faults instead, half an hour (see docs/reliability.md).
 set -euo pipefail
 bash "$(dirname "$0")/setup.sh"
 source "$(dirname "$0")/lib.sh"
@@ -7,4 +8,7 @@ source "$(dirname "$0")/lib.sh"
 "$PYTHON" -m ruff format --check .
 # Two tests at a time, each on one thread: threads that wait for each other's cores are many times slower.
 export OMP_NUM_THREADS=1
+if [ "${1:-}" = --faults ]; then
+    exec "$PYTHON" -m pytest -m "faults or not faults" tests/faults --durations=0 -rA "${@:2}" # one at a time: some are timed
+fi
 exec "$PYTHON" -m pytest -n 2 --dist worksteal "$@"

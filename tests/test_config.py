@@ -76,6 +76,14 @@ WRONG = [
     (["--ssr=last", "--ssr_steps=2"], "--ssr_steps has no effect without --ssr all"),
     (["--csf_ramp=2"], "--csf_ramp"),
     (["--wandb_notes=x"], "--wandb_notes has no effect without --logger_type wandb"),
+    (["--max_skipped=3"], "--max_skipped has no effect without --on_nonfinite skip"),
+    (["--on_nonfinite=ignore"], "--on_nonfinite"),
+    (["--on_bad_image=ignore"], "--on_bad_image"),
+    (["--bad_image_limit=0.1"], "--bad_image_limit has no effect without --on_bad_image skip"),
+    (["--dataset=digits", "--on_bad_image=skip"], "--on_bad_image has no effect without --dataset folder"),
+    (["--timeout_minutes=0"], "--timeout_minutes"),
+    (["--save_every_minutes=-1"], "--save_every_minutes"),
+    (["--keep=0"], "--keep"),
     *[([flag, "1"], flag) for flag in RETIRED],
 ]
 

@@ -1,5 +1,7 @@
+import hashlib
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -29,9 +31,29 @@ def test_a_file_is_fetched_once_from_its_repository(monkeypatch, tmp_path):
         return str(local_dir / name)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr(module, "published_digest", lambda name: hashlib.sha256(b"weights").hexdigest())
     for _ in range(2):
         assert module.download("SARd16-epo179.pth", tmp_path).read_text() == "weights"
     assert asked == [("ZGZzz/SAR", "SARd16-epo179.pth")]
+
+
+def test_a_download_that_is_something_else_is_removed(monkeypatch, tmp_path):
+    def fetch(repository, name, local_dir):
+        (local_dir / name).write_text("not the weights")
+        return str(local_dir / name)
+
+    asked = []
+
+    def metadata(url):
+        asked.append(url)
+        return SimpleNamespace(etag=hashlib.sha256(b"weights").hexdigest())  # of a large file it is the SHA-256
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", metadata)
+    with pytest.raises(ConnectionError, match=r"FlexVAE.pth came damaged, and was removed: its SHA-256 is"):
+        module.download("FlexVAE.pth", tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert asked == ["https://huggingface.co/jiaosiyu1999/FlexVAR/resolve/main/FlexVAE.pth"]
 
 
 def test_offline_is_a_plain_message(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.faults.harness import alive, assert_identical, attempt, children, each_step, launch, log_of
+from utils.checkpoint import newest_checkpoint
 
 LONG = ["--max_steps=100000", "--ep=100000", "--save_every_steps=1000000", "--eval_images=0", "--log_every=5"]
 
@@ -71,6 +72,18 @@ def test_sigterm_to_torchrun_saves_and_resumes(tiny, tmp_path):
     assert launch(2, flags, log).wait(200) == 0, log.read_text()
     assert f"steps {saved} to 400" in log.read_text()
     assert_identical(directory, wanted)
+
+
+@pytest.mark.faults
+def test_a_signal_to_one_rank_stops_all(tiny, tmp_path):
+    directory, log = tmp_path / "run", tmp_path / "log"
+    run = launch(2, [*tiny, *LONG, f"--out_dir={directory}", "--timeout_minutes=0.25"], log)
+    run.wait_for("10/100000")
+    ranks = run.ranks()
+    os.kill(ranks[1], signal.SIGUSR1)
+    assert run.wait(90) != 0
+    saved = re.search(r"stopped by signal 10, saved step (\d+)", log.read_text())[1]
+    assert newest_checkpoint(directory).name == f"step_{int(saved):07d}"
 
 
 @pytest.mark.faults

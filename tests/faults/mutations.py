@@ -1,0 +1,164 @@
+"""Remove each safeguard in a copy of the project, and see that a test notices:  python -m tests.faults.mutations"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A safeguard, the text that is it, what stands there instead, and a test that must then fail."""
+
+    name: str
+    file: str
+    text: str
+    instead: str
+    test: str
+
+
+CHECKPOINT, KILL = "utils/checkpoint.py", "tests/faults/test_kill.py"
+MUTATIONS = [
+    Mutation(
+        "written under a temporary name, then renamed",
+        CHECKPOINT,
+        'self.root / f".partial_{step:07d}"',
+        "self.path(step)",
+        f"{KILL}::test_killed_at_points_of_a_save",
+    ),
+    Mutation(
+        "digest check",
+        CHECKPOINT,
+        'if digest(file) != described["sha256"]:',
+        "if False:",
+        "tests/test_checkpoint.py::test_damage_is_found_and_the_one_before_is_taken",
+    ),
+    Mutation(
+        "the manifest's own digest",
+        "utils/files.py",
+        "if found != seal(content):",
+        "if False:",
+        "tests/test_checkpoint.py::test_other_versions_and_altered_manifests_are_named",
+    ),
+    Mutation(
+        "fallback to an older checkpoint",
+        CHECKPOINT,
+        "    for path in reversed(found):",
+        "    for path in found[-1:]:",
+        "tests/faults/test_damage.py::test_some_damage",
+    ),
+    Mutation(
+        "damaged checkpoints set aside",
+        "utils/loop.py",
+        "self.checkpoints.set_aside(after=self.step)",
+        "pass",
+        "tests/test_checkpoint.py::test_a_damaged_one_is_out_of_the_way_after_a_resume",
+    ),
+    Mutation(
+        "flushed to disk before the rename",
+        "utils/files.py",
+        "        flush(partial)\n",
+        "",
+        "tests/test_files.py::test_data_are_on_disk_before_the_name_is",
+    ),
+    Mutation(
+        "finite check before the update",
+        "utils/finite.py",
+        "bad = flags.any()",
+        "bad = flags.any() & False",
+        "tests/test_finite.py::test_it_stops_before_the_weights_change",
+    ),
+    Mutation(
+        "finite check before the save",
+        CHECKPOINT,
+        '        check_finite({**models, STATE: state["optimizer"]}, step)\n',
+        "",
+        "tests/faults/test_numbers.py::test_a_weight_that_turns_nan_is_never_saved",
+    ),
+    Mutation(
+        "agreement of the ranks",
+        "utils/distributed.py",
+        "            dist.all_reduce(numbers, dist.ReduceOp.MAX)\n",
+        "            pass\n",
+        "tests/faults/test_signals.py::test_a_signal_to_one_rank_stops_all",
+    ),
+    Mutation(
+        "log lines that span a save",
+        "utils/loop.py",
+        "        self.meter.restore(state.meter, self.ranks)\n",
+        "",
+        "tests/faults/test_damage.py::test_some_damage",
+    ),
+    Mutation(
+        "lock on the run's directory",
+        "utils/process.py",
+        "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        "tests/faults/test_signals.py::test_a_second_start_is_refused",
+    ),
+    Mutation(
+        "death with the launcher",
+        "utils/distributed.py",
+        "    die_with_parent()  #",
+        "    pass  #",
+        "tests/faults/test_signals.py::test_the_launcher_is_killed[0]",
+    ),
+    Mutation(
+        "no code in weight files",
+        "utils/files.py",
+        "weights_only=True, mmap=mmap",
+        "weights_only=False, mmap=mmap",
+        "tests/faults/test_untrusted.py::test_no_entry_executes_a_pickle",
+    ),
+    Mutation(
+        "size of archives",
+        "utils/files.py",
+        "        check_archive(path)\n",
+        "",
+        "tests/test_files.py::test_files_that_claim_more_than_they_hold_are_refused_before_memory_is_taken",
+    ),
+]
+
+
+def caught(mutation: Mutation, copy: Path) -> bool:
+    """Whether the test fails with the mutation (and only with it: the suite runs it without)."""
+    file = copy / mutation.file
+    whole = file.read_text(encoding="utf-8")
+    assert whole.count(mutation.text) == 1, f"{mutation.name}: {mutation.text!r} is not once in {mutation.file}"
+    file.write_text(whole.replace(mutation.text, mutation.instead), encoding="utf-8")
+    try:
+        command = [sys.executable, "-m", "pytest", "-x", "-m", "faults or not faults", mutation.test]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=600)
+        assert done.returncode in (0, 1), done.stdout + done.stderr  # not: a test that does not exist
+        return done.returncode == 1
+    finally:
+        file.write_text(whole, encoding="utf-8")
+
+
+def main() -> int:
+    """Print the table. Returns how many mutations went unnoticed."""
+    missed = 0
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "out", "__pycache__"))
+        print("| without | noticed | by | seconds |\n|---|---|---|---|")
+        for mutation in MUTATIONS:
+            began = time.monotonic()
+            noticed = caught(mutation, copy)
+            missed += not noticed
+            seconds = time.monotonic() - began
+            print(f"| {mutation.name} | {'yes' if noticed else 'NO'} | `{mutation.test}` | {seconds:.0f} |", flush=True)
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
