@@ -7,8 +7,8 @@ source "$(dirname "$0")/lib.sh"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 # Two tests at a time, each on one thread: threads that wait for each other's cores are many times slower.
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 if [ "${1:-}" = --faults ]; then
-    exec "$PYTHON" -m pytest -m "faults or not faults" tests/faults --durations=0 -rA "${@:2}" # one at a time: some are timed
+    exec "$PYTHON" -m pytest -n 2 --dist worksteal -m "faults or not faults" tests/faults -rA --durations=0 "${@:2}"
 fi
 exec "$PYTHON" -m pytest -n 2 --dist worksteal "$@"

@@ -9,13 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models import VQVAE, FlexVAR, FlexVARConfig, ScaleSchedule, VQVAEConfig
 from models.flexvar import sinusoids
+from models.pipeline import SARPipeline
 from utils.config import TrainConfig
 from utils.distributed import Ranks
 from utils.flags import parse
@@ -103,6 +106,27 @@ def flags(small_vae_file, tmp_path) -> list[str]:
         "--schedule=fixed", "--bs=8", "--max_steps=3", "--lr=1e-2", "--log_every=1", "--eval_images=16",
         "--vis_num_samples=4", f"--out_dir={tmp_path / 'run'}",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory, vae):
+    """A pipeline of random weights: 64×64 images of ten classes."""
+    model = fill(FlexVAR(FlexVARConfig(depth=2, width=128, num_classes=10, codebook_size=128)), 12)
+    path = tmp_path_factory.mktemp("eval") / "pipeline"
+    SARPipeline.of(vae, model, ScaleSchedule((1, 2, 3, 4))).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    """Twelve pictures in a folder."""
+    path = tmp_path_factory.mktemp("real") / "images"
+    path.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        pixels = np.kron(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8), np.ones((16, 16, 1), dtype=np.uint8))
+        Image.fromarray(pixels).save(path / f"{i}.png")
+    return path
 
 
 def config_of(flags: list[str], *more: str) -> TrainConfig:

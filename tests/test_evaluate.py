@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from evaluate import label_order
-from models.pipeline import SARPipeline
 from tests.conftest import ROOT, run, torchrun
 from utils.config_sampling import EvalConfig
 from utils.evaluations.c2i.images import FolderImages, NpzImages, Resized, open_images, write_npz
@@ -19,30 +18,6 @@ from utils.flags import parse
 NAME = "efficientnet_lite0"
 METRICS = {f"{m}_{NAME}" for m in ("frechet_distance", "spatial_frechet_distance", "precision", "recall")}
 METRICS |= {f"inception_style_score_{NAME}"}
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, vae):
-    """A pipeline of random weights: 64×64 images of ten classes."""
-    from models import FlexVAR, FlexVARConfig, ScaleSchedule
-    from tests.conftest import fill
-
-    model = fill(FlexVAR(FlexVARConfig(depth=2, width=128, num_classes=10, codebook_size=128)), 12)
-    path = tmp_path_factory.mktemp("eval") / "pipeline"
-    SARPipeline.of(vae, model, ScaleSchedule((1, 2, 3, 4))).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    """Twelve pictures in a folder."""
-    path = tmp_path_factory.mktemp("real") / "images"
-    path.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(12):
-        pixels = np.kron(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8), np.ones((16, 16, 1), dtype=np.uint8))
-        Image.fromarray(pixels).save(path / f"{i}.png")
-    return path
 
 
 def flags(saved, real, out, *more):

@@ -139,23 +139,25 @@ class Meter:
     `state` is called."""
 
     def __init__(self):
-        self.waiting: list[tuple[tuple[str, ...], Tensor]] = []
+        self.waiting: list[tuple[tuple[str, ...], Tensor, int]] = []
         self.sums: dict[str, list[float]] = {}  # name → [sum, count]
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        self.waiting.append((tuple(values), torch.stack([value.detach().float() for value in values.values()])))
+    def add(self, values: dict[str, Tensor], weight: int = 1) -> None:
+        """Numbers that count as often as they stand for micro-batches: so a mean is the same on any number of ranks."""
+        numbers = torch.stack([value.detach().float() for value in values.values()])
+        self.waiting.append((tuple(values), numbers, weight))
 
     def state(self) -> dict[str, list[float]]:
         """What has been added up on this rank since `means` was called."""
         if self.waiting:
-            names = [name for some, _ in self.waiting for name in some]
-            numbers = torch.cat([numbers for _, numbers in self.waiting]).tolist()
+            names = [(name, weight) for some, _, weight in self.waiting for name in some]
+            numbers = torch.cat([numbers for _, numbers, _ in self.waiting]).tolist()
             self.waiting.clear()
-            for name, number in zip(names, numbers, strict=True):
+            for (name, weight), number in zip(names, numbers, strict=True):
                 total = self.sums.setdefault(name, [0.0, 0.0])
                 if math.isfinite(number):
-                    total[0] += number
-                    total[1] += 1
+                    total[0] += weight * number
+                    total[1] += weight
         return self.sums
 
     def restore(self, states: list[dict[str, list[float]]], ranks: Ranks) -> None:

@@ -219,7 +219,7 @@ class Loop(ABC):
         apply_gradients(self.optimizer, self.precision, skip)
         if self.ema is not None:
             self.ema.update(self.model)
-        self.meter.add({"gradient_norm": norm})
+        self.meter.add({"gradient_norm": norm}, weight=self.accumulate)
         self.step += 1
 
     @torch.no_grad()

@@ -36,6 +36,7 @@ def attempt(flags: list[str], fault: Fault = lambda: None, kill_after: float | N
     """A training run in a process of its own. Returns its status; -9 when it was killed. Its output goes to flags'
     --out_dir + ".log"."""
     out = Path(next(f for f in flags if f.startswith("--out_dir=")).partition("=")[2])
+    out.parent.mkdir(parents=True, exist_ok=True)
     child = os.fork()
     if child == 0:
         status = 1

@@ -74,5 +74,5 @@ def test_a_full_disk(half_way, tiny, undisturbed, tmp_path):
 def test_a_disk_that_fills_at_each_file(half_way, tiny, undisturbed, tmp_path):
     """Limits between the sizes of the files: the first, a middle and the last of a save fail."""
     newest = sorted((half_way / "checkpoints").glob("step_*"))[-1]
-    sizes = sorted(p.stat().st_size for p in newest.iterdir() if p.stat().st_size > 20_000)
+    sizes = sorted({p.stat().st_size for p in newest.iterdir() if p.stat().st_size > 20_000})
     full_disk([size - 10 for size in sizes] + [sizes[0] // 2], half_way, tiny, undisturbed, tmp_path)
