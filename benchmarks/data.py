@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.common import show
-from utils.code_cache import LABELS, MANIFEST, VERSION, CodeCache, save_array
+from utils.code_cache import LABELS, MANIFEST, VERSION, CodeCache
 from utils.config import DataConfig
 from utils.data import StepSampler, make_loader, open_dataset
 from utils.distributed import alone
-from utils.files import write_json
+from utils.files import digest, save_array, write_sealed
 
 
 def write_cache(directory: Path, images: int, shard: int = 512, crops: int = 10) -> CodeCache:
@@ -31,9 +31,10 @@ def write_cache(directory: Path, images: int, shard: int = 512, crops: int = 10)
         save_array(path, rng.integers(0, 8912, (rows, 1496), dtype=np.uint16))
         shards.append({"file": path.name, "bytes": path.stat().st_size})
     save_array(directory / "train" / LABELS, rng.integers(0, 1000, images))
-    part = {"images": images, "crops": crops, "shard_images": shard, "shards": shards}
+    labels = digest(directory / "train" / LABELS)
+    part = {"images": images, "crops": crops, "shard_images": shard, "labels_sha256": labels, "shards": shards}
     manifest = {"version": VERSION, "classes": [], "sides": list(range(1, 17)), "splits": {"train": part}}
-    write_json(directory / MANIFEST, manifest)
+    write_sealed(directory / MANIFEST, manifest)
     return CodeCache(directory, "train")
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,23 @@ def run(*command: str | Path, check: bool = True, **env: str) -> subprocess.Comp
 def torchrun(processes: int, *command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return run(*launcher, *command, **env)
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Runs a command line's `main` here: (status, stdout, stderr)."""
+
+    def call(main: Callable[[], None], *arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as end:  # a message is what Python would print, with status 1
+            status = end.code if isinstance(end.code, int) else 1
+            print("" if isinstance(end.code, int) else end.code, file=sys.stderr)
+        return status, *capsys.readouterr()
+
+    return call
 
 
 def worst(found: Tensor, wanted: Tensor) -> float:

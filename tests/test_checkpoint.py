@@ -1,6 +1,5 @@
 import json
 import shutil
-import sys
 import threading
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import FlexVAR
-from tests.conftest import ALONE, config_of, fill, run
+from tests.conftest import ALONE, config_of, fill
 from train import build
 from utils.checkpoint import (
     EMA,
@@ -18,6 +17,7 @@ from utils.checkpoint import (
     Checkpoints,
     RunState,
     SaveError,
+    main,
     newest_checkpoint,
     read_checkpoint,
     read_manifest,
@@ -190,27 +190,24 @@ def test_no_entry_executes_a_pickle_in_a_checkpoint(flags, write, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_list_verify_and_export(model, write, tmp_path):
-    def tool(*args, check=True):
-        return run(sys.executable, "-m", "utils.checkpoint", *args, check=check)
-
+def test_list_verify_and_export(model, write, tool, tmp_path):
     write(1, 2, kept=(1,), ema=fill(FlexVAR(model.config), 5))
-    listed = tool("list", tmp_path).stdout.splitlines()
+    listed = tool(main, "list", tmp_path)[1].splitlines()
     assert [("whole" in line, "kept" in line) for line in listed] == [(True, True), (True, False)]
-    tool("export", tmp_path, tmp_path / "out.pth")
+    assert tool(main, "export", tmp_path, tmp_path / "out.pth")[0] == 0
     assert torch.load(tmp_path / "out.pth", weights_only=True).keys() == {"model"}
     exported = load_flexvar(tmp_path / "out.pth")
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in exported.state_dict().items())
-    tool("export", tmp_path, tmp_path / "ema.safetensors", "--ema")
+    tool(main, "export", tmp_path, tmp_path / "ema.safetensors", "--ema")
     assert not torch.equal(load_flexvar(tmp_path / "ema.safetensors").head.weight, model.head.weight)
     damage(tmp_path / "checkpoints/step_0000002" / MODEL, "flipped")
-    done = tool("verify", tmp_path, check=False)
-    assert done.returncode == 1
-    assert "DAMAGED" in done.stdout.splitlines()[1]
-    done = tool("export", tmp_path, tmp_path / "out.txt", check=False)
-    assert done.returncode == 1
-    assert "error: export writes .pth or .safetensors" in done.stderr
-    assert "holds no checkpoint" in tool("list", tmp_path / "nothing", check=False).stderr
+    status, out, _ = tool(main, "verify", tmp_path)
+    assert status == 1
+    assert "DAMAGED" in out.splitlines()[1]
+    status, _, err = tool(main, "export", tmp_path, tmp_path / "out.txt")
+    assert status == 1
+    assert "error: export writes .pth or .safetensors" in err
+    assert "holds no checkpoint" in tool(main, "list", tmp_path / "nothing")[2]
 
 
 def test_a_shared_file_of_another_run_is_not_taken_for_weights(write, tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 from tests.conftest import ALONE, config_of, run
 from train import build
 from utils.config import DataConfig
-from utils.data import make_loader, open_dataset
+from utils.data import main, make_loader, open_dataset
 from utils.images import BadImage, adm_crop, read_image
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
@@ -150,12 +150,12 @@ def test_a_run_that_skips_trains(flags, tmp_path):
     assert "005_text.jpg" in (tmp_path / "run/bad_images.txt").read_text()
 
 
-def test_scanning_a_data_set(tmp_path):
+def test_scanning_a_data_set(tool, tmp_path):
     data = folder(tmp_path / "data", bad=["truncated.jpg", "bomb.png"])
     (tmp_path / "data/train/a/notes.txt").write_text("x")
-    done = run(sys.executable, "-m", "utils.data", "check", data, check=False)
-    assert done.returncode == 1
-    assert "train: 32 images, 2 bad, 1 other files; 2 classes of 15…17" in done.stdout
-    assert sum("cannot use the image" in line for line in done.stdout.splitlines()) == 2
-    assert run(sys.executable, "-m", "utils.data", "check", folder(tmp_path / "good")).returncode == 0
-    assert "error: " in run(sys.executable, "-m", "utils.data", "check", tmp_path / "x", check=False).stderr
+    status, out, _ = tool(main, "check", data)
+    assert status == 1
+    assert "train: 32 images, 2 bad, 1 other files; 2 classes of 15…17" in out
+    assert sum("cannot use the image" in line for line in out.splitlines()) == 2
+    assert tool(main, "check", folder(tmp_path / "good"))[0] == 0
+    assert "error: " in tool(main, "check", tmp_path / "x")[2]

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from models.pipeline import SARPipeline, default_names, find_class, imagenet_classes, open_pipeline, to_bytes
 from models.scales import ScaleSchedule
 from tests.conftest import run
+from utils.checkpoint import MODEL, Checkpoints, RunState
 from utils.weights import save_weights
 
 NAMES = [f"animal {letter}" for letter in "abcdefghij"]
@@ -125,9 +126,10 @@ def test_a_run_brings_its_tokenizer_scales_and_names(vae, model, tmp_path):
 
 def test_a_checkpoint_and_its_files_bring_the_runs_description_too(vae, model, tmp_path):
     save_weights(vae, tmp_path / "vae.safetensors")
-    step = tmp_path / "run/checkpoints/step_0000003"
-    step.mkdir(parents=True)
-    save_weights(model, step / "model.safetensors")
+    found = Checkpoints(tmp_path / "run", keep=1)
+    found.submit(RunState(3, {}, {}), {MODEL: model.state_dict()}, {}, kept=False)
+    found.finish()
+    step = found.path(3)
     described = {"model": {"vae_ckpt": str(tmp_path / "vae.safetensors"), "pn": "1_2_4"}, "class_names": NAMES}
     (tmp_path / "run/config.json").write_text(json.dumps(described))
     for ckpt in (tmp_path / "run", step, step / "model.safetensors"):
