@@ -153,7 +153,7 @@ def evaluate_samples(
     if not me.first:
         return {}
     if config.save_npz:
-        write_npz(sorted((directory / "arrays").glob("*.npy")), directory / "samples.npz")
+        write_npz(sorted((directory / "arrays").glob("[0-9]*.npy")), directory / "samples.npz")
     speed = made / seconds  # with features and decoding
     if not made:  # all of it was there: the speed was measured when it was made
         record = directory / "report.json"

@@ -35,13 +35,13 @@ def download(name: str, directory: Path = HERE) -> Path:
     if target.is_file():
         return target
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    unchecked = directory / ".unchecked"
     try:
-        found = Path(hf_hub_download(FILES[name], name, local_dir=directory))
+        found = Path(hf_hub_download(FILES[name], name, local_dir=unchecked))
         wanted = published_digest(name)
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of the Hub, of the net below it, of the disk: the file is not to be had this way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConnectionError(
             f"could not fetch {name} from https://huggingface.co/{FILES[name]} ({reason}); "
             f"fetch it elsewhere and put it at {target}"
@@ -51,7 +51,8 @@ def download(name: str, directory: Path = HERE) -> Path:
     if digest != wanted:
         found.unlink()
         raise ConnectionError(f"{name} came damaged, and was removed: its SHA-256 is {digest}, not {wanted}")
-    return found
+    found.replace(target)
+    return target
 
 
 def published_digest(name: str) -> str:

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from models import FlexVAR
 from tests.conftest import ALONE, config_of, fill
@@ -68,19 +68,23 @@ def test_the_newest_stay_and_those_to_be_kept(write, tmp_path):
     assert names(tmp_path) == ["step_0000002", "step_0000004", "step_0000030"]
 
 
-def test_training_may_go_on_while_a_checkpoint_is_written(model, tmp_path, monkeypatch):
-    """The tensors are those of the moment of `submit`, and `submit` does not wait for the disk."""
-    gate, before = threading.Event(), model.head.weight.detach().clone()
-    found = Checkpoints(tmp_path, 1)
-    writing = found.write
-    monkeypatch.setattr(found, "write", lambda *a: (gate.wait(20), writing(*a)))
-    found.submit(RunState(1, {}, {}), {MODEL: model.state_dict()}, ABOUT, False)
-    with torch.no_grad():
-        model.head.weight.zero_()
-    assert not found.job.done()
+def test_training_may_go_on_while_a_checkpoint_is_written(flags, tmp_path, monkeypatch):
+    """The tensors are those of the moment of `save`, which does not wait for the disk."""
+    trainer = build(config_of(flags, "--ema=0.9"), ALONE)
+    batches, gate, writing = iter(trainer.loader()), threading.Event(), trainer.checkpoints.write
+    monkeypatch.setattr(trainer.checkpoints, "write", lambda *a: (gate.wait(20), writing(*a)))
+    trainer.train_step(batches)
+    moments = {i: s["exp_avg"].clone() for i, s in enumerate(trainer.optimizer.state.values())}
+    before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
+    trainer.save()
+    trainer.train_step(batches)
+    assert not trainer.checkpoints.job.done()
     gate.set()
-    found.finish()
-    assert torch.equal(load_file(newest_checkpoint(tmp_path) / MODEL)["head.weight"], before)
+    trainer.checkpoints.finish()
+    state, weights, _ = read_checkpoint(newest_checkpoint(tmp_path / "run"))
+    assert not torch.equal(trainer.model.head.weight, before["head.weight"])
+    assert all(torch.equal(weights[name], x) for name, x in before.items())
+    assert all(torch.equal(state.optimizer["state"][i]["exp_avg"], x) for i, x in moments.items())
 
 
 def damage(file, how):
@@ -160,10 +164,18 @@ def test_a_failed_write_is_reported_once_and_leaves_nothing(write, tmp_path, mon
     monkeypatch.setattr(torch, "save", full)
     found = Checkpoints(tmp_path, 2)
     found.submit(RunState(2, {}, {}), {MODEL: {"a": torch.ones(2)}}, ABOUT, False)
-    with pytest.raises(SaveError, match=r"cannot save step 2 in .*No space left on device; earlier ones are whole"):
+    with pytest.raises(SaveError, match=r"cannot save step 2 in .*No space left on device; .* earlier ones are whole"):
         found.finish()
     found.check()
     assert names(tmp_path) == ["step_0000001"]
+
+
+def test_what_nobody_can_read_is_not_deleted(write, tmp_path):
+    """It may be one that was to be kept."""
+    write(1)
+    (tmp_path / "checkpoints/step_0000001" / MANIFEST).write_text("?")
+    write(2, 3, keep=1)
+    assert names(tmp_path) == ["step_0000001", "step_0000003"]
 
 
 def test_leftovers_of_a_killed_run_go_with_the_next_save(write, tmp_path):

@@ -27,6 +27,7 @@ def test_a_file_is_fetched_once_from_its_repository(monkeypatch, tmp_path):
 
     def fetch(repository, name, local_dir):
         asked.append((repository, name))
+        local_dir.mkdir(exist_ok=True)
         (local_dir / name).write_text("weights")
         return str(local_dir / name)
 
@@ -39,6 +40,7 @@ def test_a_file_is_fetched_once_from_its_repository(monkeypatch, tmp_path):
 
 def test_a_download_that_is_something_else_is_removed(monkeypatch, tmp_path):
     def fetch(repository, name, local_dir):
+        local_dir.mkdir(exist_ok=True)
         (local_dir / name).write_text("not the weights")
         return str(local_dir / name)
 
@@ -52,7 +54,7 @@ def test_a_download_that_is_something_else_is_removed(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", metadata)
     with pytest.raises(ConnectionError, match=r"FlexVAE.pth came damaged, and was removed: its SHA-256 is"):
         module.download("FlexVAE.pth", tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.rglob("*.pth"))
     assert asked == ["https://huggingface.co/jiaosiyu1999/FlexVAR/resolve/main/FlexVAE.pth"]
 
 

@@ -13,7 +13,9 @@ from tests.conftest import ROOT
 from utils.files import read_array, read_json, read_tensors, replacing, save_array, save_tensors, write_json
 
 # Reads that may execute what they read, or that skip the checks; writes that may leave half a file.
-DOORS = re.compile(r"torch\.load\(|np\.load\(|load_file\(|json\.load|np\.save\(|save_file\(|os\.replace\(|pickle\.load")
+DOORS = re.compile(
+    r"torch\.load\(|np\.load\(|load_file\(|safe_open\(|json\.load|np\.save\(|save_file\(|os\.replace\(|pickle\.load"
+)
 ALLOWED = {
     "utils/files.py",
     "utils/checkpoint.py",  # renames whole directories

@@ -127,7 +127,7 @@ def test_bad_images_are_skipped_alike_by_everyone_and_listed(tmp_path):
     for (a, label_a), (b, label_b) in zip(*loaded, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(label_a, label_b)
-    listed = [(tmp_path / f"run{n}/bad_images.txt").read_text().splitlines() for n in (0, 2)]
+    listed = [(tmp_path / f"run{n}/bad_images_train.txt").read_text().splitlines() for n in (0, 2)]
     assert set(listed[0]) == set(listed[1])
     assert len(set(listed[0])) == 2
     # 005_empty.jpg and 005_truncated.jpg follow 005.png: the next good one, 006.png, stands for both.
@@ -147,7 +147,7 @@ def test_a_run_that_skips_trains(flags, tmp_path):
     skip = ["--on_bad_image=skip", "--bad_image_limit=0.05"]
     more = ["--dataset=folder", f"--data_path={data}", "--max_steps=4", "--vis_num_samples=0", *skip]
     build(config_of(flags, *more), ALONE).fit()
-    assert "005_text.jpg" in (tmp_path / "run/bad_images.txt").read_text()
+    assert "005_text.jpg" in (tmp_path / "run/bad_images_train.txt").read_text()
 
 
 def test_scanning_a_data_set(tool, tmp_path):

@@ -157,20 +157,24 @@ def test_full_size_files_in_the_released_format(tmp_path):
     assert newest_checkpoint(tmp_path / "run").name == "step_0000002"
 
 
-@pytest.mark.parametrize(("training", "requeued"), [("sleep 60 & wait", True), ("exit 0", False), ("exit 1", False)])
+@pytest.mark.parametrize(
+    ("training", "requeued"), [("sleep 60 > /dev/null & wait", True), ("exit 0", False), ("exit 1", False)]
+)
 def test_slurm_queues_a_stopped_run_again(training, requeued, tmp_path):
-    """With stand-ins for Slurm's commands: only a run that was asked to stop goes back into the queue."""
+    """Only a run that was asked to stop. Stand-ins for Slurm's commands: its srun kills at SIGTERM."""
     for name, body in {
-        "srun": 'shift\nSLURM_NODEID=0 exec "$@"',
+        "srun": f'shift\ntrap \'kill -9 "$task"\' TERM\nSLURM_NODEID=0 "$@" & task=$!\n'
+        f'echo $task > "{tmp_path}/task"\nwait $task',
+        "scancel": f'echo "$@" >> "{tmp_path}/calls"\nkill -TERM $(cat "{tmp_path}/task")',
         "scontrol": f'[ "$1" = show ] && echo node1\necho "$@" >> "{tmp_path}/calls"',
-        "training.sh": f'trap "echo saved; exit 143" TERM\necho "$NNODES $NODE_RANK $MASTER_ADDR $*"\n{training}',
+        "training.sh": 'trap "echo saved; exit 143" TERM\necho "$NNODES $NODE_RANK $MASTER_ADDR $*"\n' + training,
     }.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1"}
     process = subprocess.Popen(
         ["bash", ROOT / "scripts/train_SAR.sbatch", tmp_path / "training.sh", "--data_path", "x y"],
-        env={**env, "SLURM_JOB_NODELIST": "node1"}, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout.readline() == "1 0 node1 --data_path x y\n"
     if requeued:
@@ -178,4 +182,5 @@ def test_slurm_queues_a_stopped_run_again(training, requeued, tmp_path):
     rest = process.communicate(timeout=30)[0]
     assert process.returncode == (143 if requeued else int(training[-1]))
     assert ("saved" in rest) == requeued
+    assert ("--signal=TERM 7" in (tmp_path / "calls").read_text()) == requeued
     assert ("requeue 7" in (tmp_path / "calls").read_text()) == requeued

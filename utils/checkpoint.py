@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path, tree_map
+from torch.utils._pytree import tree_flatten_with_path
 
 from utils.files import digest, flush, read_sealed, read_tensors, replacing, save_tensors, write_sealed
 
@@ -67,11 +67,13 @@ def verify(path: Path, *names: str) -> None:
         if names and name not in names:
             continue
         file = path / name
-        size = file.stat().st_size if file.is_file() else None
+        try:
+            size, found = file.stat().st_size, digest(file)
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read: {error.strerror}") from None
         if size != described["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise ValueError(f"{file} {found}, not {described['bytes']}")
-        if digest(file) != described["sha256"]:
+            raise ValueError(f"{file} has {size} bytes, not {described['bytes']}")
+        if found != described["sha256"]:
             raise ValueError(f"{file} is damaged: its SHA-256 is another")
 
 
@@ -136,10 +138,9 @@ class Checkpoints:
         return step_of(newest) if newest else 0
 
     def submit(self, state: RunState, models: dict[str, StateDict], about: dict, kept: bool) -> None:
-        """Begin to write a checkpoint of everything as it is now."""
+        """Begin to write a checkpoint of tensors that nothing else will change."""
         self.finish()
-        contents = snapshot(vars(state)), snapshot(models)  # in turn: training goes on with the originals
-        self.job = self.pool.submit(self.write, *contents, about, kept)
+        self.job = self.pool.submit(self.write, vars(state), models, about, kept)
 
     def check(self) -> None:
         """Raise what went wrong with a write that has ended."""
@@ -176,9 +177,12 @@ class Checkpoints:
             os.replace(partial, target)
             flush(self.root)
             self.prune()
-        except Exception as error:  # a full disk has a name of its own in each library
+        except Exception as error:  # a full disk has another name in each library
             shutil.rmtree(partial, ignore_errors=True)
-            raise SaveError(f"cannot save step {step} in {self.root}: {error}; earlier ones are whole") from error
+            free = f"{shutil.disk_usage(self.root).free / 2**20:.0f} MiB are free there"
+            raise SaveError(
+                f"cannot save step {step} in {self.root}: {error}; {free}; earlier ones are whole"
+            ) from error
 
     def prune(self) -> None:
         """Remove all but the newest `keep` and those marked to be kept."""
@@ -186,7 +190,7 @@ class Checkpoints:
             try:
                 spared = read_manifest(old)["kept"]
             except ValueError:
-                spared = False
+                spared = True  # nobody can say whether it was to be kept
             if not spared:
                 self.discard(old)
 
@@ -210,11 +214,6 @@ class Checkpoints:
                 aside = path.with_name(f"damaged_{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(path, aside)
-
-
-def snapshot(tree: Any) -> Any:
-    """A nest of tensors as it is now, in memory of its own on the CPU."""
-    return tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x, tree)
 
 
 def check_finite(tree: Any, step: int) -> None:

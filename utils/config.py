@@ -20,7 +20,7 @@ class DataConfig:
     data_path: str = ""  # where the data set lies
     workers: int = 8  # loader processes a rank
     on_bad_image: Literal["stop", "skip"] = "stop"
-    """a file that is no usable image: stop and name it, or take the next good one and list it in bad_images.txt"""
+    """a file that is no usable image: stop and name it, or take the next good one and list it in a file"""
     bad_image_limit: float = 0.001  # on_bad_image skip: stop when more than this share of the images is bad
 
     def __post_init__(self):

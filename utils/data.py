@@ -146,7 +146,7 @@ def check_dataset(config: DataConfig) -> None:
 def open_dataset(config: DataConfig, size: int, seed: int, split: str, directory: Path = Path()) -> Views | None:
     """The training ("train") or held-out ("val") part of a data set; None when a folder has no val/.
 
-    With --on_bad_image skip, DIRECTORY/bad_images.txt lists the bad ones.
+    With --on_bad_image skip, DIRECTORY/bad_images_SPLIT.txt lists the bad ones.
     """
     check_dataset(config)
     training = split == "train"
@@ -165,7 +165,8 @@ def open_dataset(config: DataConfig, size: int, seed: int, split: str, directory
     trained = {p.name for p in (folder.parent / "train").iterdir() if p.is_dir()}
     if set(source.classes) != trained:
         raise ValueError(f"the classes in {folder} are not those in {folder.parent / 'train'}")
-    skip = SkipBad(directory / "bad_images.txt", config.bad_image_limit) if config.on_bad_image == "skip" else None
+    record = directory / f"bad_images_{split}.txt"
+    skip = SkipBad(record, config.bad_image_limit) if config.on_bad_image == "skip" else None
     return Views(source, source.classes, adm_crop, size, seed, training, skip)
 
 

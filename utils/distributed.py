@@ -102,16 +102,31 @@ def shard(model: nn.Module, units: Iterable[nn.Module], methods: Sequence[str] =
         register_fsdp_forward_method(model, method)
 
 
-def gathered(tree: Any) -> Any:
-    """Any nest of tensors, whole: the shares of sharded ones collected. Every rank must take part."""
-    return tree_map(lambda x: x.full_tensor().cpu() if isinstance(x, DTensor) else x, tree)
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose shares, if it is sharded, are collected on every rank's device. Every rank must take part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shared_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def gathered(tree: Any, keep: bool) -> Any:
+    """A copy of a nest of tensors as it is now, whole and on the CPU; nothing of it on ranks that do not `keep` it.
+
+    Every rank must take part when some of it is sharded.
+    """
+
+    def copy(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        collected = whole(x.detach())
+        return collected.to("cpu", copy=True) if keep else None
+
+    return tree_map(copy, tree)
+
+
+def shared_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """This rank's share of a whole tensor, if `like` is sharded; else the tensor as it is."""
     if not isinstance(like, DTensor):
-        return whole
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

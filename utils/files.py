@@ -1,8 +1,11 @@
-"""Files that are whole or not there, and files that are read without trust. Every tensor, array and JSON file of the
-project that is read or written passes here."""
+"""Files that are whole or not there, and files that are read without trust.
+
+Tensors, arrays and JSON are read and written here; npz files of images by utils/evaluations/c2i/images.py.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -26,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """A name to write under. What is there at the end is flushed to disk and takes the place of `path`; after an error
     nothing is left of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial_{os.getpid()}_{path.name}")
+    partial = path.with_name(f".partial_{path.name}")
     try:
         yield partial
         flush(partial)
@@ -42,6 +46,9 @@ def flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems flush no directories
+            raise
     finally:
         os.close(handle)
 
@@ -131,6 +138,15 @@ def read_tensors(path: Path, mmap: bool = False) -> dict:
             reason = "it asks for code to be run, which is refused"
         raise ValueError(f"{path} is missing, damaged or not a file of plain tensors: {reason}") from None
     return found
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a .safetensors file, without reading the others. Raises ValueError when it is not there."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+    except Exception as error:  # whatever a reader raises is this file's fault
+        raise ValueError(f"{path} is missing or damaged: {error}") from None
 
 
 def check_archive(path: Path) -> None:

@@ -27,8 +27,8 @@ class FiniteGuard:
     def judge(self, step: int, loss: Tensor, norm: Tensor, norm_counts: bool = True) -> Tensor:
         """1.0 where the update must be skipped, on the device and equal on every rank.
 
-        loss: of this rank. norm: of the gradient, over all ranks; without `norm_counts` (fp16, whose gradients may
-        overflow: the scaler sees to it) it may be anything.
+        loss: of this rank. norm: of the gradient, over all ranks; without `norm_counts` it may be anything. That is for
+        fp16, whose gradients may overflow: its scaler drops those steps, and decides in place of this.
         """
         flags = torch.zeros(self.ranks.world + 1, device=self.ranks.device)
         flags[self.ranks.rank] = ~loss.isfinite()
@@ -73,6 +73,6 @@ class FiniteGuard:
             if self.skipped <= self.limit:
                 say(f"{line}; dropped the step, number {self.skipped} of at most {self.limit}")
             elif self.ranks.first:
-                raise FloatingPointError(f"{line}; the weights are as they were before it")
+                raise FloatingPointError(f"{line}; it changed no weight")
             else:
                 raise SystemExit(1)

@@ -40,9 +40,8 @@ class JsonLines(Silent):
 
     def __init__(self, path: Path, start: int):
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("}\n")]  # a killed run may leave half a line
         with replacing(path) as partial:
-            partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
+            partial.write_text("".join(line for line in lines if step_of(line) <= start))
         self.file = path.open("a", buffering=1)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -50,6 +49,14 @@ class JsonLines(Silent):
 
     def close(self) -> None:
         self.file.close()
+
+
+def step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite when a killed run left only a part of it."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 class TensorBoard(Silent):

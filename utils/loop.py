@@ -57,7 +57,7 @@ def start(config: Config, build: Callable[[Config, Ranks], Loop]) -> None:
         with me.user_errors():
             stack.enter_context(locked(config.run.directory, me.first))
             loop = build(config, me)
-        with me.user_errors(BadImage, FloatingPointError, SaveError):
+        with me.user_errors(BadImage, FloatingPointError, SaveError, OSError):
             loop.fit(stop)
 
 
@@ -146,7 +146,7 @@ class Loop(ABC):
             while self.step < self.stop_step and not signal:
                 self.train_step(batches)
                 progress.advance(self.config.optim.bs)
-                self.guard.heed(self.keys, progress.say, latest=False)
+                self.guard.heed(self.keys, progress.say, latest=self.precision.name == "fp16")
                 if self.due(self.config.log.log_every):
                     self.guard.heed(self.keys, progress.say)
                     values = self.meter.means(self.ranks)
@@ -195,9 +195,11 @@ class Loop(ABC):
         return make_loader(self.train_set, sampler, self.config.data.workers, self.ranks.device)
 
     def due(self, every: float) -> bool:
-        """Whether the step just done ends a stretch of `every` steps (0: only the last step does)."""
-        if self.step == self.stop_step:
-            return True
+        """Whether the step just done ends a stretch of `every` steps, or the run (0: only that)."""
+        return self.step == self.stop_step or self.ends(every)
+
+    def ends(self, every: float) -> bool:
+        """Whether the step just done ends a stretch of `every` steps."""
         return every > 0 and int(self.step / every) > int((self.step - 1) / every)
 
     def train_step(self, batches: Iterator) -> None:
@@ -277,8 +279,7 @@ class Loop(ABC):
 
     def keep_due(self) -> bool:
         """Whether the checkpoint of this step stays for good (--keep_every_epochs)."""
-        every = self.config.run.keep_every_epochs * self.epoch_steps
-        return every > 0 and self.due(every) and self.step >= every
+        return self.ends(self.config.run.keep_every_epochs * self.epoch_steps)
 
     def save(self) -> None:
         """Everything that `resume` needs, as it is now; the first rank writes it while training goes on."""
@@ -287,8 +288,9 @@ class Loop(ABC):
             return
         self.saved_step = self.step
         models = {MODEL: self.model, **({EMA: self.averaged} if self.averaged is not None else {})}
-        weights = {name: gathered(model.state_dict()) for name, model in models.items()}
-        optimizer, meters = gathered(self.optimizer.state_dict()), self.ranks.everyones(self.meter.state())
+        tensors = {name: model.state_dict() for name, model in models.items()}
+        weights, optimizer = gathered((tensors, self.optimizer.state_dict()), keep=self.ranks.first)
+        meters = self.ranks.everyones(self.meter.state())
         if self.ranks.first:
             scaler = self.precision.scaler.state_dict()
             state = RunState(self.step, optimizer, scaler, meters, self.guard.skipped)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from utils.config import OptimConfig
-from utils.distributed import gathered, local, shared_like
+from utils.distributed import local, shared_like, whole
 
 NO_DECAY = ("pos_1LC", "pos_start", "scale_mul_1H11")
 HOLD = 0.05  # of the run at the peak before the learning rate falls
@@ -95,7 +95,7 @@ def clip_gradients(
 ) -> torch.Tensor:
     """Scale the accumulated gradients down to a norm of `limit` (0: as they are). Returns their norm before that."""
     precision.scaler.unscale_(optimizer)
-    return gathered(nn.utils.clip_grad_norm_(model.parameters(), limit or float("inf")))
+    return whole(nn.utils.clip_grad_norm_(model.parameters(), limit or float("inf")))
 
 
 def apply_gradients(optimizer: torch.optim.Optimizer, precision: Precision, skip: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import signal
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LOCK = ".lock"
+OUTLIVE = 20  # seconds
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -46,12 +48,12 @@ def die_with_parent() -> None:
 
 
 def become_worker(number: int) -> None:
-    """A loader's worker: it ends when its trainer does or says so, and what is sent to the trainer's group is not for
-    it."""
+    """A loader's worker: it ends when its trainer does. What stops the trainer is not for it: it leaves the trainer's
+    group, and outlives a SIGTERM of its own by the time that a step and a save may take."""
     die_with_parent()
     os.setpgid(0, 0)
-    for stop in STOP_SIGNALS:
-        signal.signal(stop, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(OUTLIVE))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 @contextmanager
@@ -63,11 +65,19 @@ def locked(directory: Path, wanted: bool = True) -> Iterator[None]:
     if not wanted:
         yield
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK).open("a+") as file:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / LOCK).open("a+")
+    except OSError as error:
+        raise ValueError(f"cannot write to {directory}: {error.strerror}") from None
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its workers do not inherit it
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                print(f"no lock on {directory}, whose file system has none: {error.strerror}", file=sys.stderr)
+                yield
+                return
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise ValueError(f"{holder} is training in {directory}: stop it, or use another --out_dir") from None

@@ -44,7 +44,7 @@ def attempt(flags: list[str], fault: Fault = lambda: None, kill_after: float | N
             log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
             fault()
             start(config_of(flags), build)
             status = 0

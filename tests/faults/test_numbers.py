@@ -3,11 +3,12 @@
 import math
 import os
 import signal
+import time
 
 import pytest
 import torch
 
-from tests.faults.harness import assert_identical, attempt, each_step, launch, lines_of, log_of
+from tests.faults.harness import alive, assert_identical, attempt, each_step, launch, lines_of, log_of
 from utils.checkpoint import MODEL, checkpoints, verify
 from utils.files import read_tensors
 
@@ -78,8 +79,11 @@ def test_one_two_and_one_ranks_train_alike(tiny, undisturbed, tmp_path):
     assert attempt(flags, killed_after(4)) == -9
     two = launch(2, flags, log)
     two.wait_for("8/12")
+    ranks = two.ranks()
     two.process.kill()
     two.process.wait()
+    while alive(ranks):  # they hold the lock until they are gone
+        time.sleep(0.01)
     assert attempt(flags) == 0, log_of(directory)
     assert "steps 3 to 12" in log.read_text()
     worst = 0.0

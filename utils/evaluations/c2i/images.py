@@ -11,11 +11,10 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from utils.files import read_array, replacing
-from utils.images import adm_crop
+from utils.images import adm_crop, read_image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
@@ -90,11 +89,7 @@ class FolderImages:
         return len(self.files)
 
     def read(self, path: Path) -> Tensor:
-        try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read the image {path}: {error}") from None
+        image = read_image(str(path))
         image = adm_crop(image, self.size, None) if self.size else image
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 

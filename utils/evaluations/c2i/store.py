@@ -7,14 +7,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from utils.distributed import Ranks
 from utils.evaluations.c2i.features import Extractor
 from utils.evaluations.c2i.images import ImageSource
-from utils.files import as_json, read_json, save_tensors, write_json
+from utils.files import as_json, read_json, read_tensor, save_tensors, write_json
 
 Keep = Callable[[range, Tensor], None]  # what else is done with the images (n, 3, H, W) of a chunk
 
@@ -83,10 +82,9 @@ class FeatureStore:
         """The "pool" or "spatial" features, chunk by chunk, in the order of the images."""
         for c in self.chunks:
             try:
-                with safe_open(self.path(c), "pt") as file:
-                    yield file.get_tensor(name)
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{self.path(c)} is damaged ({error}): delete it and start again") from None
+                yield read_tensor(self.path(c), name)
+            except ValueError as error:
+                raise ValueError(f"{error}: delete it and start again") from None
 
     def pool(self) -> Tensor:
         """All pooled features (N, D)."""
