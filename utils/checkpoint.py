@@ -179,10 +179,8 @@ class Checkpoints:
             self.prune()
         except Exception as error:  # a full disk has another name in each library
             shutil.rmtree(partial, ignore_errors=True)
-            free = f"{shutil.disk_usage(self.root).free / 2**20:.0f} MiB are free there"
-            raise SaveError(
-                f"cannot save step {step} in {self.root}: {error}; {free}; earlier ones are whole"
-            ) from error
+            said = f"{error}; {shutil.disk_usage(self.root).free / 2**20:.0f} MiB are free there"
+            raise SaveError(f"cannot save step {step} in {self.root}: {said}; earlier ones are whole") from error
 
     def prune(self) -> None:
         """Remove all but the newest `keep` and those marked to be kept."""
