@@ -179,7 +179,7 @@ class Checkpoints:
             self.prune()
         except Exception as error:  # a full disk has another name in each library
             shutil.rmtree(partial, ignore_errors=True)
-            said = f"{error}; {shutil.disk_usage(self.root).free / 2**20:.0f} MiB are free there"
+            said = f"{error}; {shutil.disk_usage(self.root.parent).free / 2**20:.0f} MiB are free there"
             raise SaveError(f"cannot save step {step} in {self.root}: {said}; earlier ones are whole") from error
 
     def prune(self) -> None:
