@@ -17,6 +17,19 @@ def test_means_over_steps_with_names_that_come_and_go():
     assert meter.means(ALONE) == {}
 
 
+def test_a_saved_meter_goes_on_and_does_not_change(tmp_path):
+    """It is written in the background, while steps are added to the meter."""
+    first, second = Meter(), Meter()
+    first.add({"a": torch.tensor(1.0), "b": torch.tensor(torch.nan)})
+    saved = first.state()
+    first.add({"a": torch.tensor(3.0), "b": torch.tensor(4.0)}, weight=3)
+    first.settle()
+    assert saved == {"a": [1.0, 1.0], "b": [0.0, 0.0]}
+    second.restore([saved], ALONE)
+    second.add({"a": torch.tensor(3.0), "b": torch.tensor(4.0)}, weight=3)
+    assert second.means(ALONE) == first.means(ALONE) == {"a": 2.5, "b": 4.0}
+
+
 def test_lines_after_a_resume_are_neither_lost_nor_doubled(tmp_path):
     path = tmp_path / "metrics.jsonl"
     first = JsonLines(path, 0)

@@ -154,18 +154,23 @@ class Meter:
         numbers = torch.stack([value.detach().float() for value in values.values()])
         self.waiting.append((tuple(values), numbers, weight))
 
+    def settle(self) -> None:
+        """Fetch what is on the device, and add it up."""
+        if not self.waiting:
+            return
+        names = [(name, weight) for some, _, weight in self.waiting for name in some]
+        numbers = torch.cat([numbers for _, numbers, _ in self.waiting]).tolist()
+        self.waiting.clear()
+        for (name, weight), number in zip(names, numbers, strict=True):
+            total = self.sums.setdefault(name, [0.0, 0.0])
+            if math.isfinite(number):
+                total[0] += weight * number
+                total[1] += weight
+
     def state(self) -> dict[str, list[float]]:
-        """What has been added up on this rank since `means` was called."""
-        if self.waiting:
-            names = [(name, weight) for some, _, weight in self.waiting for name in some]
-            numbers = torch.cat([numbers for _, numbers, _ in self.waiting]).tolist()
-            self.waiting.clear()
-            for (name, weight), number in zip(names, numbers, strict=True):
-                total = self.sums.setdefault(name, [0.0, 0.0])
-                if math.isfinite(number):
-                    total[0] += weight * number
-                    total[1] += weight
-        return self.sums
+        """A copy of what has been added up on this rank since `means` was called."""
+        self.settle()
+        return {name: list(total) for name, total in self.sums.items()}
 
     def restore(self, states: list[dict[str, list[float]]], ranks: Ranks) -> None:
         """Go on from the states of all ranks; of another number of ranks, from their share."""
@@ -177,7 +182,8 @@ class Meter:
 
     def means(self, ranks: Ranks) -> dict[str, float]:
         """The means over steps and ranks, and start anew. All ranks must have added the same names."""
-        names = sorted(self.state())
+        self.settle()
+        names = sorted(self.sums)
         if not names:
             return {}
         table = torch.tensor([self.sums[name] for name in names], dtype=torch.float64)  # (names, 2)
