@@ -68,13 +68,13 @@ def verify(path: Path, *names: str) -> None:
             continue
         file = path / name
         try:
-            size, found = file.stat().st_size, digest(file)
+            size = file.stat().st_size
+            if size != described["bytes"]:
+                raise ValueError(f"{file} has {size} bytes, not {described['bytes']}")
+            if digest(file) != described["sha256"]:
+                raise ValueError(f"{file} is damaged: its SHA-256 is another")
         except OSError as error:
             raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-        if size != described["bytes"]:
-            raise ValueError(f"{file} has {size} bytes, not {described['bytes']}")
-        if found != described["sha256"]:
-            raise ValueError(f"{file} is damaged: its SHA-256 is another")
 
 
 def newest_checkpoint(directory: str | Path, *names: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""Data sets, the ADM crop, and the stateless sampler.
+"""Data sets and the stateless sampler.
 
 An example is named by (epoch, index): which one comes at which step, and how it is augmented, is a function of the
 seed alone, so a run can stop anywhere and go on, on any number of ranks.
@@ -143,6 +143,14 @@ def check_dataset(config: DataConfig) -> None:
         raise ValueError(f"no directory {root / 'train'}: --data_path must hold train/<class>/<image files>")
 
 
+def class_folders(folder: Path) -> tv_datasets.ImageFolder:
+    """The images in FOLDER/<class>/. Raises ValueError when there are none."""
+    try:
+        return tv_datasets.ImageFolder(str(folder), loader=read_image)
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
 def open_dataset(config: DataConfig, size: int, seed: int, split: str, directory: Path = Path()) -> Views | None:
     """The training ("train") or held-out ("val") part of a data set; None when a folder has no val/.
 
@@ -158,10 +166,7 @@ def open_dataset(config: DataConfig, size: int, seed: int, split: str, directory
     folder = Path(config.data_path) / split
     if not training and not folder.is_dir():
         return None
-    try:
-        source = tv_datasets.ImageFolder(str(folder), loader=read_image)
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder}: {error}") from None
+    source = class_folders(folder)
     trained = {p.name for p in (folder.parent / "train").iterdir() if p.is_dir()}
     if set(source.classes) != trained:
         raise ValueError(f"the classes in {folder} are not those in {folder.parent / 'train'}")
@@ -242,10 +247,7 @@ def make_loader(
 
 def scan(folder: Path) -> int:
     """Read every image below FOLDER/<class>/, say what is wrong and how many there are. Returns the bad ones."""
-    try:
-        samples = tv_datasets.ImageFolder(str(folder), loader=read_image).samples
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder}: {error}") from None
+    samples = class_folders(folder).samples
     paths = [path for path, _ in samples]
     with ProcessPoolExecutor() as pool:
         found = list(tqdm(pool.map(problem, paths, chunksize=16), total=len(paths), desc=str(folder), unit="image"))

@@ -287,6 +287,7 @@ class Loop(ABC):
         if self.step == self.saved_step:
             return
         self.saved_step = self.step
+        self.checkpoints.finish()  # before the copy: one at a time in memory
         models = {MODEL: self.model, **({EMA: self.averaged} if self.averaged is not None else {})}
         tensors = {name: model.state_dict() for name, model in models.items()}
         weights, optimizer = gathered((tensors, self.optimizer.state_dict()), keep=self.ranks.first)

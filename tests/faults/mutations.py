@@ -37,7 +37,7 @@ MUTATIONS = [
     Mutation(
         "digest check",
         CHECKPOINT,
-        'if found != described["sha256"]:',
+        'if digest(file) != described["sha256"]:',
         "if False:",
         "tests/test_checkpoint.py::test_damage_is_found_and_the_one_before_is_taken",
     ),
