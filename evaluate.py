@@ -12,26 +12,26 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from models.pipeline import SARPipeline, open_pipeline, to_bytes
+from models.pipeline import SARPipeline, open_pipeline
 from models.sampling import Draw, Guidance, sample_codes
+from models.vqvae import to_bytes
 from utils.config_sampling import EvalConfig
 from utils.distributed import Ranks, ranks
-from utils.evaluations.c2i import psnr, ssim
 from utils.evaluations.c2i.features import Extractor, make_extractor
-from utils.evaluations.c2i.images import ImageSource, Resized, fingerprint, open_images, write_npz
+from utils.evaluations.c2i.images import Resized, describe_images, open_images, write_npz
+from utils.evaluations.c2i.reconstruction import evaluate_reconstructions
 from utils.evaluations.c2i.reference import IMAGENET, Reference, load_reference, save_reference
 from utils.evaluations.c2i.report import score, write_report, write_sweep
-from utils.evaluations.c2i.store import FeatureStore
-from utils.files import read_array, read_json, save_array, write_json
+from utils.evaluations.c2i.store import FeatureStore, chunk_size
+from utils.files import read_json, save_array, write_json
 from utils.flags import parse
 from utils.log import versions
-from utils.optim import Precision, derive_seed, exact_convolutions
-from utils.weights import digest_of, load_tokenizer
+from utils.optim import Precision, derive_seed
+from utils.weights import digest_of
 
 
 def label_order(total: int, classes: int, seed: int) -> Tensor:
@@ -72,25 +72,6 @@ class Generated:
             return to_bytes(vae.decode(codes[self.side], self.side))
 
 
-class Reconstructed:
-    """A tokenizer's reconstructions of a source."""
-
-    def __init__(self, source: ImageSource, config: EvalConfig, device: torch.device):
-        self.source, self.device = source, device
-        self.vae = load_tokenizer(config.vae_ckpt or "pretrained/FlexVAE.pth").to(device)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    @torch.no_grad()
-    def batch(self, indices: range) -> Tensor:
-        images = self.source.batch(indices).to(self.device).float() / 127.5 - 1
-        with exact_convolutions():
-            latent = self.vae.encode(images)
-            side = latent.shape[-1]
-            return to_bytes(self.vae.decode(self.vae.codes(latent, side), side))
-
-
 def save_images(config: EvalConfig, directory: Path) -> Callable[[range, Tensor], None] | None:
     """What --save_png and --save_npz do with a chunk of images."""
     if not (config.save_png or config.save_npz):
@@ -107,12 +88,6 @@ def save_images(config: EvalConfig, directory: Path) -> Callable[[range, Tensor]
             save_array(directory / f"arrays/{indices.start:06d}.npy", arrays)
 
     return keep
-
-
-def describe_images(path: str, config: EvalConfig, extractor: Extractor) -> dict:
-    """What the features of given images depend on."""
-    described = {"images": path, "image_size": config.image_size, "features": extractor.name}
-    return {**described, "images_sha256": fingerprint(Path(path))}
 
 
 def evaluate_samples(
@@ -161,32 +136,6 @@ def evaluate_samples(
     return {**score(store, extractor, reference, config), "images_per_second": speed, "settings": described}
 
 
-def evaluate_reconstructions(config: EvalConfig, extractor: Extractor, me: Ranks, directory: Path) -> dict[str, object]:
-    """rFID, PSNR and SSIM of a tokenizer."""
-    source = open_images(config.reconstruct, config.image_size)
-    chunk = chunk_size(config, me)
-    described = describe_images(config.reconstruct, config, extractor)
-    real = FeatureStore(directory / "real", len(source), chunk, described, me)
-    real.fill(source, extractor, "real images")
-    reconstructed = Reconstructed(source, config, me.device)
-    described |= {"tokenizer_sha256": digest_of(reconstructed.vae)}
-    made = FeatureStore(directory / "reconstructed", len(source), chunk, described, me)
-
-    def compare(indices: range, images: Tensor) -> None:
-        original = source.batch(indices)
-        quality = torch.stack([psnr(original, images), ssim(original, images)])
-        save_array(made.directory / f"quality_{indices.start:06d}.npy", quality.numpy())
-
-    made.fill(reconstructed, extractor, "reconstructions", compare)
-    if not me.first:
-        return {}
-    quality = np.concatenate([read_array(p) for p in sorted(made.directory.glob("quality_*.npy"))], axis=1)
-    distances = score(made, extractor, Reference.of_store(real), config)
-    renamed = {f"r{name}" if name in ("fid", "sfid") else name: value for name, value in distances.items()}
-    means = {"psnr": float(quality[0].mean()), "ssim": float(quality[1].mean())}
-    return {**renamed, **means, "settings": described}
-
-
 def evaluate_files(
     config: EvalConfig, extractor: Extractor, reference: Reference | None, me: Ranks, directory: Path
 ) -> dict[str, object]:
@@ -203,10 +152,6 @@ def evaluate_files(
         save_reference(Reference.of_store(store), extractor.name, Path(config.make_reference))
         return {"samples": len(source), "settings": described}
     return {**score(store, extractor, reference, config), "settings": described}
-
-
-def chunk_size(config: EvalConfig, me: Ranks) -> int:
-    return config.batch or (64 if me.device.type == "cuda" else 8)
 
 
 def run(config: EvalConfig, me: Ranks) -> None:

@@ -17,7 +17,7 @@ from utils.checkpoint import last_facts
 from utils.code_cache import open_cache, read_manifest
 from utils.config import TrainConfig
 from utils.data import check_dataset, open_splits
-from utils.distributed import Ranks, alone
+from utils.distributed import Ranks
 from utils.flags import parse
 from utils.loop import start
 from utils.optim import derive_seed
@@ -32,9 +32,12 @@ def build_model(config: TrainConfig, vae: VQVAE, data_classes: int) -> FlexVAR:
     before = last_facts(config.run.directory)  # a run that goes on reads its own weights: see `Loop.resume`
     weights = read_state_dict(wanted.init_ckpt) if wanted.init_ckpt and not before else None
     saved_classes = flexvar_config(weights, wanted.init_ckpt).num_classes if weights else before.get("model_classes", 0)
-    classes = wanted.num_classes or saved_classes or data_classes
+    reset = wanted.reset_class_embedding and weights is not None
+    classes = wanted.num_classes or (0 if reset else saved_classes) or data_classes
     if data_classes > classes:
-        raise ValueError(f"the data has {data_classes} classes, the model only {classes}")
+        raise ValueError(
+            f"the data has {data_classes} classes, the model only {classes}: --reset_class_embedding gives it new ones"
+        )
     if data_classes < classes:
         warnings.warn(f"the data's {data_classes} classes take the ids 0…{data_classes - 1} of {classes}", stacklevel=2)
     torch.manual_seed(derive_seed("init", config.run.seed))
@@ -49,6 +52,10 @@ def build_model(config: TrainConfig, vae: VQVAE, data_classes: int) -> FlexVAR:
             alng=wanted.alng,
         )
     )
+    if reset:  # rows as they were drawn; the unconditional class, the last one, is known
+        weights["class_emb.weight"] = torch.cat(
+            [model.class_emb.weight[:-1], weights["class_emb.weight"][-1:]]
+        ).detach()
     if weights:
         load_strictly(model, weights, wanted.init_ckpt)
     return model
@@ -82,12 +89,7 @@ def build(config: TrainConfig, me: Ranks) -> Trainer:
 
 
 def main() -> None:
-    config = parse(TrainConfig, description=__doc__)
-    if config.run.check:
-        with alone().user_errors():
-            check(config)
-        return
-    start(config, build)
+    start(parse(TrainConfig, description=__doc__), build, check)
 
 
 if __name__ == "__main__":

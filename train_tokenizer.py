@@ -6,68 +6,76 @@ import random
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.discriminator import Discriminator
 from models.sampling import evaluating
 from models.vqvae import VQVAE, VQVAEConfig
-from utils.config import TokenizerTrainConfig
-from utils.data import Views, open_splits
-from utils.distributed import Ranks
+from pretrained.download import offer
+from utils.checkpoint import checkpoints
+from utils.codebook import CodebookUse, histogram, perplexity, revive, usage
+from utils.config_tokenizer import TokenizerTrainConfig
+from utils.data import Views, check_dataset, open_splits
+from utils.distributed import Ranks, data_parallel
 from utils.flags import parse
-from utils.loop import Loop, Metrics, start
+from utils.learner import Metrics
+from utils.loop import Loop, start
 from utils.optim import derive_seed
+from utils.perceptual import make_perceptual
 from utils.pictures import grid
-
-
-class MultiScaleLoss(nn.Module):
-    """Quantise at several sides, decode each at its own resolution, compare with the equally resized image."""
-
-    def __init__(self, vae: VQVAE, commitment: float):
-        super().__init__()
-        self.vae, self.commitment = vae, commitment
-
-    def forward(self, images: Tensor, sides: list[int]) -> Metrics:
-        """Images (B, 3, H, W) → loss and its parts, each a mean over the sides."""
-        vae, factor = self.vae, self.vae.config.factor
-        latent = vae.encode(images)
-        pixel, codebook, commit = [], [], []
-        for s in sides:
-            z = vae.resize(latent, s)  # (B, s², D)
-            rows = F.embedding(vae.quantize.nearest(z), vae.codebook)
-            codebook.append(F.mse_loss(rows, z.detach()))
-            commit.append(F.mse_loss(z, rows.detach()))
-            straight_through = z + (rows - z).detach()
-            target = resize_to(images, s * factor)
-            pixel.append(F.mse_loss(vae.decode_vectors(straight_through, s), target))
-        means = {
-            name: torch.stack(parts).mean()
-            for name, parts in [("pixel", pixel), ("codebook", codebook), ("commitment", commit)]
-        }
-        return {
-            "loss": means["pixel"] + means["codebook"] + self.commitment * means["commitment"],
-            "pixel_finest": pixel[-1],
-            **means,
-        }
+from utils.tokenizer_loss import MultiScaleLoss, Opponent, resize_to
+from utils.weights import find_weights, load_strictly, read_state_dict
 
 
 class TokenizerTrainer(Loop):
-    """Trains the VQVAE at the finest side and a few others, drawn anew each step."""
+    """Trains the VQVAE at the finest side and a few others, drawn anew each step; a discriminator along with it.
 
-    def __init__(
-        self,
-        config: TokenizerTrainConfig,
-        vae: VQVAE,
-        train_set: Views,
-        val_set: Views | None,
-        ranks: Ranks,
-    ):
-        loss = MultiScaleLoss(vae, config.model.commitment)
-        super().__init__(config, vae, train_set, val_set, ranks, forward=loss)
+    Rows of the codebook that no side used for --usage_every steps are put where the latents are.
+    """
+
+    def __init__(self, config: TokenizerTrainConfig, vae: VQVAE, train_set: Views, val_set: Views | None, ranks: Ranks):
+        wanted, sides = config.loss, config.model.scales.sides
+        self.use = CodebookUse(sides, vae.config.codebook_size)
+        others = {"codebook_use": self.use}
+        if wanted.disc_weight:
+            others["discriminator"] = Discriminator(wanted.disc_width, wanted.disc_layers)
+            if others["discriminator"].smallest > config.model.image_size:
+                raise ValueError(
+                    f"--disc_layers {wanted.disc_layers} needs images of {others['discriminator'].smallest} pixels"
+                )
+        perceptual = make_perceptual(wanted.perceptual, wanted.perceptual_weights)
+        if perceptual is not None and perceptual.smallest > config.model.image_size:
+            raise ValueError(f"--perceptual {wanted.perceptual} needs images of {perceptual.smallest} pixels")
+        loss = MultiScaleLoss(vae, wanted, perceptual)
+        super().__init__(config, vae, train_set, val_set, ranks, loss, others)
+        self.opponent = Opponent(others["discriminator"]) if wanted.disc_weight else None
+        if self.opponent is not None:
+            self.opponent = data_parallel(self.opponent) if ranks.world > 1 else self.opponent
+            self.networks.append(self.opponent)
+        self.counted = torch.zeros_like(self.use.counts)  # (S, V) codes of this step and rank
+        self.offers: list[Tensor] = []  # vectors of this step and rank for unused rows, from each micro-batch
+
+    def facts(self) -> dict[str, object]:
+        loss = self.config.loss
+        network = f"{loss.disc_width} wide, {loss.disc_layers} layers" if loss.disc_weight else "none"
+        return {**super().facts(), "discriminator": network}
 
     def micro_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
+        sides = self.sides()
+        judge = self.others["discriminator"] if self.adversarial() else None
         with self.precision.autocast():
-            losses = self.network(images, self.sides())
-        return losses["loss"], {name: value.detach() for name, value in losses.items()}
+            found = self.network(images, sides, judge)
+        loss, metrics = found.loss, {"loss": found.loss.detach(), **found.parts}
+        if judge is not None:
+            with self.precision.autocast():
+                opposed, described = self.opponent(found.real, found.made)
+            loss, metrics = loss + opposed, {**metrics, **described}
+        for s, codes in zip(sides, found.codes, strict=True):
+            self.counted[self.use.sides.index(s)] += histogram(codes, self.counted.shape[1])
+        if self.window_ends and self.config.loss.revive:
+            each = -(-len(self.counted[0]) // (self.accumulate * self.ranks.world))  # so that there is one for each row
+            self.offers.append(found.vectors[torch.randint(len(found.vectors), (each,), device=images.device)])
+        return loss, metrics
 
     def sides(self) -> list[int]:
         """The sides of this step, the finest last: the same on every rank."""
@@ -75,14 +83,52 @@ class TokenizerTrainer(Loop):
         rng = random.Random(f"sides/{self.config.run.seed}/{self.step}")
         return [*sorted(rng.sample(coarse, min(self.config.model.sides_per_step, len(coarse)))), finest]
 
+    def adversarial(self) -> bool:
+        """Whether the discriminator takes part in this step."""
+        return self.opponent is not None and self.step >= self.config.loss.disc_start
+
+    @property
+    def window_ends(self) -> bool:
+        """Whether this step is the last one that the codes are counted over."""
+        return (self.step + 1) % self.config.loss.usage_every == 0
+
+    @torch.no_grad()
+    def updated(self, skip: Tensor) -> None:
+        """Count the step's codes; at the end of a window log the use of the rows, and revive those without any."""
+        self.use.counts += self.ranks.sum(self.counted)
+        self.counted.zero_()
+        if not self.window_ends:
+            return
+        found = self.use.metrics()
+        if self.offers:
+            mine = torch.stack(self.offers)  # (accumulate, each, D)
+            everyones = mine.new_zeros(len(mine), self.ranks.world, *mine.shape[1:])
+            everyones[:, self.ranks.rank] = mine
+            offers = self.ranks.sum(everyones).flatten(0, 2)[: self.use.counts.shape[1]]  # (V, D)
+            models = [self.model, *([self.averaged] if self.averaged is not None else [])]
+            dead = self.use.unused() & (skip == 0)  # a dropped step changes no weight
+            found["revived"] = revive([model.quantize.embedding.weight for model in models], dead, offers)
+            self.offers.clear()
+        self.meter.add(found, weight=self.accumulate)
+        self.use.counts.zero_()
+
     def held_out_losses(self, images: Tensor, labels: Tensor) -> Metrics:
-        """Mean squared error of the reconstruction at every side, in [-1, 1] units, at that side's resolution."""
-        latent = self.model.encode(images)
-        losses = {}
+        """At every side: mean squared error of the reconstruction, in [-1, 1] units and at that side's resolution, and
+        how often each row is chosen (V,)."""
+        latent, rows = self.model.encode(images), self.model.config.codebook_size
+        found = {}
         for s in self.config.model.scales.sides:
+            codes = self.model.codes(latent, s)
             target = resize_to(images, s * self.model.config.factor)
-            losses[f"mse_side/{s}"] = F.mse_loss(self.model.decode(self.model.codes(latent, s), s), target)
-        return {"loss": losses[f"mse_side/{s}"], **losses}
+            found[f"mse_side/{s}"] = F.mse_loss(self.model.decode(codes, s), target)
+            found[f"chosen_side/{s}"] = histogram(codes, rows) / len(images)
+        return {"loss": found[f"mse_side/{s}"], **found}
+
+    def conclude(self, means: Metrics) -> Metrics:
+        for s in self.config.model.scales.sides:
+            chosen = means.pop(f"chosen_side/{s}")
+            means |= {f"usage_side/{s}": usage(chosen), f"perplexity_side/{s}": perplexity(chosen)}
+        return means
 
     @torch.no_grad()
     def picture(self) -> Tensor:
@@ -100,13 +146,11 @@ class TokenizerTrainer(Loop):
 
     def describe(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())
-        vae = self.config.model
-        return f"tokenizer: {parameters / 1e6:.1f} M parameters, codebook {vae.codebook_size} × {vae.codebook_dim}"
-
-
-def resize_to(images: Tensor, side: int) -> Tensor:
-    """Images at another resolution, by area."""
-    return images if images.shape[-1] == side else F.interpolate(images, (side, side), mode="area")
+        vae, loss = self.config.model, self.config.loss
+        parts = [f"tokenizer: {parameters / 1e6:.1f} M parameters, codebook {vae.codebook_size} × {vae.codebook_dim}"]
+        parts += [f"perceptual distance by {loss.perceptual}"] if loss.perceptual != "none" else []
+        parts += [f"a discriminator from step {loss.disc_start} on"] if loss.disc_weight else []
+        return ", ".join(parts)
 
 
 def build(config: TokenizerTrainConfig, me: Ranks) -> TokenizerTrainer:
@@ -123,6 +167,9 @@ def build(config: TokenizerTrainConfig, me: Ranks) -> TokenizerTrainer:
             codebook_dim=wanted.codebook_dim,
         )
     )
+    vae.to(memory_format=torch.channels_last)  # which convolutions are faster in
+    if wanted.init_ckpt and not checkpoints(config.run.directory):  # a run that goes on reads its own
+        load_strictly(vae, read_state_dict(wanted.init_ckpt), wanted.init_ckpt)
     if wanted.scales.sides[-1] * vae.config.factor != wanted.image_size:
         raise ValueError(
             f"--pn ends at {wanted.scales.sides[-1]}, but {wanted.image_size} pixels "
@@ -134,8 +181,17 @@ def build(config: TokenizerTrainConfig, me: Ranks) -> TokenizerTrainer:
     return trainer
 
 
+def check(config: TokenizerTrainConfig) -> None:
+    """Whether the files that the flags name are there, and what else the losses need."""
+    check_dataset(config.data)
+    if config.model.init_ckpt and not checkpoints(config.run.directory):
+        offer(config.model.init_ckpt)
+        find_weights(config.model.init_ckpt)
+    make_perceptual(config.loss.perceptual, config.loss.perceptual_weights)  # fetched once, before ranks ask for it
+
+
 def main() -> None:
-    start(parse(TokenizerTrainConfig, description=__doc__), build)
+    start(parse(TokenizerTrainConfig, description=__doc__), build, check)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from models.vqvae import VQVAE
 from utils.config import TrainConfig
 from utils.data import CodeBatch, Views, encode_batch
 from utils.distributed import Ranks, shard
-from utils.loop import Loop, Metrics
+from utils.learner import Metrics
+from utils.loop import Loop
 from utils.pictures import grid, spread_labels, square
 from utils.weights import digest_of
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import utils.loop as loop_module
+import utils.learner as learner_module
 from benchmarks.common import ENCODE_FLOPS, Clock, Ruler, forward_flops, peak_memory, random_images, reset_peak, show
 from models import VQVAE, ScaleSchedule
 from models.pipeline import to_pil
@@ -113,19 +113,19 @@ def parts_of(trainer: SARTrainer, batches, repeats: int) -> dict[str, float]:
 
     trainer.encode = clock.around(trainer.encode, "encode")
     trainer.compute_loss = clock.around(trainer.compute_loss, "forward")
-    kept = (Rollout.look, torch.Tensor.backward, loop_module.apply_gradients)
+    kept = (Rollout.look, torch.Tensor.backward, learner_module.apply_gradients)
     if isinstance(trainer, SARTrainer):
         trainer.plan = clock.around(trainer.plan, "unconditional half")
         trainer.student_loss = clock.around(trainer.student_loss, "second pass")
     Rollout.look = clock.around(Rollout.look, "rollout")
     torch.Tensor.backward = clock.around(torch.Tensor.backward, "backward")
-    loop_module.apply_gradients = clock.around(loop_module.apply_gradients, "optimiser")
+    learner_module.apply_gradients = clock.around(learner_module.apply_gradients, "optimiser")
     try:
         for _ in range(repeats):
             with clock.part("other"):
                 trainer.train_step(Timed())
     finally:
-        Rollout.look, torch.Tensor.backward, loop_module.apply_gradients = kept
+        Rollout.look, torch.Tensor.backward, learner_module.apply_gradients = kept
     return {f"{name} s": seconds / repeats for name, seconds in clock.seconds.items()}
 
 

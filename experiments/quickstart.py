@@ -68,13 +68,10 @@ def launch(command: list[str], processes: int = 0) -> float:
     return time.perf_counter() - began
 
 
-def run_stage(
-    name: str, entry: str, flags: list[str], steps: int, out: Path, bs: int, processes: int = 0
-) -> tuple[Path, float]:
+def run_stage(name: str, entry: str, flags: list[str], steps: int, out: Path, processes: int = 0) -> tuple[Path, float]:
     """One training run of `steps` steps in out/name. Returns its directory and its seconds."""
     directory = out / name
-    epochs = (steps - 0.5) * bs / 1300  # rounded up to whole steps
-    command = [entry, *DATA, f"--seed={SEED}", *flags, f"--ep={epochs:.6f}", f"--max_steps={steps}"]
+    command = [entry, *DATA, f"--seed={SEED}", *flags, f"--steps={steps}"]
     command += [f"--out_dir={directory}", f"--exp_name={name}", f"--save_every_steps={steps}"]
     return directory, launch([*command, "--log_every=25", "--eval_images=497"], processes)
 
@@ -213,13 +210,13 @@ def main() -> None:
     base = [vae_ckpt, f"--code_cache={out / 'codes'}", *FLEXVAR]
     further = [*base, *FURTHER, f"--init_ckpt={out / 'flexvar'}"]
     stages = {
-        "tokenizer": ("train_tokenizer.py", TOKENIZER, 32),
-        "flexvar": ("train.py", [*base, *FROM_SCRATCH], 48),
-        "flexvar_continued": ("train.py", [*further, "--training_mode=teacher_forcing"], 48),
-        "sar": ("train.py", [*further, *SAR], 48),
+        "tokenizer": ("train_tokenizer.py", TOKENIZER),
+        "flexvar": ("train.py", [*base, *FROM_SCRATCH]),
+        "flexvar_continued": ("train.py", [*further, "--training_mode=teacher_forcing"]),
+        "sar": ("train.py", [*further, *SAR]),
     }
-    for name, (entry, flags, bs) in stages.items():
-        runs[name], seconds[name] = run_stage(name, entry, flags, steps[name], out, bs)
+    for name, (entry, flags) in stages.items():
+        runs[name], seconds[name] = run_stage(name, entry, flags, steps[name], out)
         if name == "tokenizer":
             codes = [vae_ckpt, f"--out={out / 'codes'}", f"--image_size={SIZE}", f"--seed={SEED}"]
             # FlexVAR's 17 epochs see each crop about twice.

@@ -69,7 +69,7 @@ def main() -> None:
     def train(job: tuple[str, int]) -> Path:
         name, seed = job
         flags = [*start, *FLEXVAR, *FURTHER, *VARIANTS[name], f"--seed={seed}", "--vis_num_samples=0"]
-        return run_stage(f"{slug(name)}_{seed}", "train.py", flags, args.steps, args.out, 48, processes=1)[0]
+        return run_stage(f"{slug(name)}_{seed}", "train.py", flags, args.steps, args.out, processes=1)[0]
 
     with ThreadPoolExecutor(2) as pool:
         runs = dict(zip(jobs, pool.map(train, jobs), strict=True))

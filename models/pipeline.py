@@ -20,7 +20,7 @@ from models.editing import inpaint, place_on_canvas
 from models.flexvar import FlexVAR, FlexVARConfig
 from models.sampling import Draw, Edit, Guidance, sample_codes
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
-from models.vqvae import VQVAE, VQVAEConfig
+from models.vqvae import VQVAE, VQVAEConfig, to_bytes
 
 Classes = str | int | Sequence[str | int]
 
@@ -52,11 +52,6 @@ def find_class(name: str | int, names: Sequence[str]) -> int:
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Images (B, 3, H, W) in [-1, 1] → PIL images."""
     return [to_pil_image(image) for image in to_bytes(images)]
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """Images in [-1, 1] → uint8, rounded, on the CPU."""
-    return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).cpu()
 
 
 class SARPipeline(

@@ -233,3 +233,8 @@ class VQVAE(nn.Module):
     def at_once(self, x: Tensor, pixels: int) -> int:
         """How many images of x (B, …) to put through the network at a time: on a CPU, what its cache holds."""
         return len(x) if x.device.type != "cpu" else max(1, CACHED // (pixels * self.config.base_width))
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1] → uint8, rounded, on the CPU."""
+    return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).cpu()

@@ -1,7 +1,9 @@
-# The body of the train_*.sh scripts, which set the numbers and source this with the user's flags.
+# The body of the train_*.sh scripts, which set the numbers (and ENTRY, if not train.py) and source this with the user's
+# flags.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 [ -n "$PYTHON" ] || fail "no Python found: run bash scripts/setup.sh"
 "$PYTHON" -c 'import torch' 2>/dev/null || fail "$PYTHON has no PyTorch: run bash scripts/setup.sh"
-"$PYTHON" train.py "${RECIPE[@]}" "$@" --check # one clear line before torchrun starts, if something is missing
-launch train.py "${RECIPE[@]}" "$@"
+ENTRY=${ENTRY:-train.py}
+"$PYTHON" "$ENTRY" "${RECIPE[@]}" "$@" --check # one clear line before torchrun starts, if something is missing
+launch "$ENTRY" "${RECIPE[@]}" "$@"

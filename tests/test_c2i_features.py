@@ -85,7 +85,7 @@ def test_the_download_is_checked_by_its_digest(monkeypatch):
     monkeypatch.setattr(
         module.torch.hub, "load_state_dict_from_url", lambda url, **options: asked.update(options, url=url)
     )
-    module.fetch("https://example.org/weights-inception-2015-12-05-6726825d.pth")
+    module.fetch("https://example.org/weights-inception-2015-12-05-6726825d.pth", "Inception", "give a path")
     assert asked["check_hash"] is True
     assert asked["weights_only"] is True
 

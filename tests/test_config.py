@@ -8,8 +8,9 @@ from models.scales import DEFAULT_SCHEDULE
 from tests.conftest import ROOT
 from utils import config as config_module
 from utils import config_sampling
-from utils.config import TokenizerTrainConfig, TrainConfig
+from utils.config import TrainConfig
 from utils.config_sampling import EvalConfig, SampleConfig
+from utils.config_tokenizer import TokenizerTrainConfig
 from utils.flags import RETIRED, parse, translate
 
 

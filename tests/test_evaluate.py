@@ -131,6 +131,20 @@ def test_tokenizer_report(vae, real, tmp_path):
     assert 3 < report["psnr"] < 30
     assert -1 < report["ssim"] < 1
     assert report[f"frechet_distance_{NAME}"] > 0
+    assert [row["side"] for row in report["sides"]] == [1, 2, 3, 4]
+    assert report["sides"][-1]["psnr"] == pytest.approx(report["psnr"])
+    images = torch.stack([torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1) for p in sorted(real.iterdir())])
+    with torch.no_grad():  # the second row, by hand
+        codes = vae.codes(vae.encode(images / 127.5 - 1), 2)
+        made = ((vae.decode(codes, 2).clamp(-1, 1) + 1) * 127.5).round()
+    small = torch.nn.functional.interpolate(images.float(), 32, mode="area")
+    error = (made - small).square().mean((1, 2, 3))
+    row = report["sides"][1]
+    assert row["psnr"] == pytest.approx((10 * torch.log10(255**2 / error)).mean().item(), abs=1e-3)
+    share = codes.unique(return_counts=True)[1] / codes.numel()
+    assert row["codebook_usage"] == pytest.approx(len(share) / len(vae.codebook))
+    assert row["perplexity"] == pytest.approx(torch.exp(-(share * share.log()).sum()).item(), rel=1e-4)
+    assert Image.open(tmp_path / "o/reconstructions.png").size[1] > 5 * 64  # originals and four sides
 
 
 def test_other_samples_under_the_same_name_are_not_taken_for_the_old_ones(real, tmp_path):

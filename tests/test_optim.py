@@ -8,7 +8,7 @@ from utils.optim import Precision, derive_seed, learning_rate, make_optimizer
 
 def test_weight_decay_reaches_matrices_only():
     model = FlexVAR(FlexVARConfig(depth=2, width=64, num_classes=3, codebook_size=8))
-    decay, plain = make_optimizer(model, OptimConfig(twd=0.05)).param_groups
+    decay, plain = make_optimizer([model], OptimConfig(twd=0.05)).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert decay["weight_decay"] == 0.05
     assert plain["weight_decay"] == 0

@@ -1,46 +1,31 @@
+import copy
+
 import pytest
 import torch
-import torch.nn.functional as F
 
-from tests.conftest import ALONE
-from train_tokenizer import MultiScaleLoss, build
-from utils.config import TokenizerTrainConfig
+from tests.conftest import ALONE, torchrun
+from train_tokenizer import build, check
+from utils.checkpoint import checkpoints, read_checkpoint
+from utils.config_tokenizer import TokenizerTrainConfig
+from utils.files import save_tensors
 from utils.flags import parse
+from utils.pictures import read_metrics
 from utils.weights import load_tokenizer
 
 SMALL = [
     "--dataset=digits", "--workers=0", "--image_size=16", "--base_width=32", "--width_mult", "1", "1", "1",
     "--res_blocks=1", "--z_channels=32", "--codebook_size=32", "--codebook_dim=8", "--pn=1_2_4", "--bs=8",
-    "--lr=2e-3", "--log_every=5", "--eval_images=16", "--vis_num_samples=4",
+    "--lr=2e-3", "--log_every=5", "--eval_images=16", "--vis_num_samples=4", "--logger_type=none",
+]  # fmt: skip
+# All that a run can keep: a discriminator that begins on the way, windows of counts, a moving average.
+EVERYTHING = [
+    "--disc_weight=0.1", "--disc_start=2", "--disc_width=16", "--disc_layers=1", "--perceptual=efficientnet_lite0",
+    "--usage_every=4", "--ema=0.9", "--max_steps=8", "--save_every_steps=5", "--log_every=1", "--codebook_size=64",
 ]  # fmt: skip
 
 
 def config_of(*more):
     return parse(TokenizerTrainConfig, [*SMALL, *more])
-
-
-def test_loss_at_one_scale_by_the_obvious_formula(tmp_path):
-    torch.manual_seed(0)
-    vae = build(config_of(f"--out_dir={tmp_path}"), ALONE).model
-    images = torch.rand(3, 3, 16, 16) * 2 - 1
-    found = MultiScaleLoss(vae, 0.25)(images, [2])
-    z = F.normalize(F.interpolate(vae.encode(images), 2, mode="area"), dim=1)  # (3, D, 2, 2)
-    rows = vae.codebook[torch.cdist(z.permute(0, 2, 3, 1).reshape(-1, 8), vae.codebook).argmin(1)]
-    rows = rows.view(3, 2, 2, 8).permute(0, 3, 1, 2)
-    pixel = (vae.decoder(vae.post_quant_conv(rows)) - F.interpolate(images, 8, mode="area")).square().mean()
-    gap = (rows - z).square().mean()
-    assert found["pixel"].item() == pytest.approx(pixel.item(), rel=1e-5)
-    assert found["loss"].item() == pytest.approx((pixel + 1.25 * gap).item(), rel=1e-5)
-
-
-def test_gradients_reach_encoder_decoder_and_codebook(tmp_path):
-    vae = build(config_of(f"--out_dir={tmp_path}"), ALONE).model
-    MultiScaleLoss(vae, 0.25)(torch.rand(2, 3, 16, 16), [1, 4])["pixel"].backward()
-    assert vae.encoder.conv_in.weight.grad.abs().sum() > 0  # straight through the quantiser
-    assert vae.decoder.conv_in.weight.grad.abs().sum() > 0
-    assert vae.quantize.embedding.weight.grad is None
-    MultiScaleLoss(vae, 0.25)(torch.rand(2, 3, 16, 16), [1, 4])["codebook"].backward()
-    assert vae.quantize.embedding.weight.grad.abs().sum() > 0
 
 
 def test_a_run_learns_and_loads_as_a_tokenizer(tmp_path):
@@ -49,10 +34,21 @@ def test_a_run_learns_and_loads_as_a_tokenizer(tmp_path):
     trainer.fit()
     after = trainer.held_out()
     assert after["loss"] == after["mse_side/4"] < before["mse_side/4"]
+    assert 0 < after["usage_side/1"] <= after["usage_side/4"] <= 1
+    assert 1 <= after["perplexity_side/4"] <= 32
     loaded = load_tokenizer(tmp_path)
     assert loaded.config == trainer.model.config
     assert torch.equal(loaded.codebook, trainer.model.codebook)
     assert (tmp_path / "samples/step_0000025.png").exists()
+
+
+def test_held_out_usage_is_of_all_images_together(tmp_path):
+    trainer = build(config_of(f"--out_dir={tmp_path}", "--micro_batch=4"), ALONE)
+    found = trainer.held_out()
+    images = torch.stack([trainer.val_set[0, i][0] for i in range(16)])
+    with torch.no_grad():
+        chosen = trainer.model.codes(trainer.model.encode(images), 4).unique()
+    assert found["usage_side/4"] == pytest.approx(len(chosen) / 32)
 
 
 def test_sides_of_a_step_end_with_the_finest(tmp_path):
@@ -63,6 +59,126 @@ def test_sides_of_a_step_end_with_the_finest(tmp_path):
     assert set(drawn) == {(1, 4), (2, 4)}
 
 
-def test_wrong_sizes_are_named(tmp_path):
-    with pytest.raises(ValueError, match="--pn ends at 4, but 32 pixels make 8 latents a side"):
-        build(config_of("--image_size=32", f"--out_dir={tmp_path}"), ALONE)
+def test_a_resumed_run_with_a_discriminator_is_identical(tmp_path):
+    """Stopped after the discriminator began, within a window of counts: weights, moments, counts and log lines."""
+    whole = build(config_of(*EVERYTHING, f"--out_dir={tmp_path / 'whole'}"), ALONE)
+    whole.fit()
+    stopped = build(config_of(*EVERYTHING, f"--out_dir={tmp_path / 'run'}"), ALONE)
+    batches = iter(stopped.loader())
+    for _ in range(5):
+        stopped.train_step(batches)
+    stopped.save()
+    stopped.checkpoints.finish()
+    again = build(config_of(*EVERYTHING, f"--out_dir={tmp_path / 'run'}"), ALONE)
+    assert again.step == 5
+    assert again.use.counts.sum() > 0
+    again.fit()
+    (state, weights), (wanted_state, wanted) = (
+        read_checkpoint(checkpoints(tmp_path / name)[-1]) for name in ("run", "whole")
+    )
+    assert set(weights) == {f"{n}.safetensors" for n in ("model", "ema", "discriminator", "codebook_use")}
+    for name, tensors in wanted.items():
+        assert all(torch.equal(weights[name][key], x) for key, x in tensors.items()), name
+    moments = zip(state.optimizer["state"].values(), wanted_state.optimizer["state"].values(), strict=True)
+    assert all(torch.equal(a["exp_avg_sq"], b["exp_avg_sq"]) for a, b in moments)
+    name = "train/usage_side/4"
+    assert read_metrics(tmp_path / "run", name)[1] == read_metrics(tmp_path / "whole", name)[1]
+
+
+def test_the_discriminator_waits_for_its_start(tmp_path):
+    trainer = build(config_of(*EVERYTHING, f"--out_dir={tmp_path}"), ALONE)
+    fresh = copy.deepcopy(trainer.others["discriminator"].state_dict())
+    batches = iter(trainer.loader())
+    for _ in range(2):
+        trainer.train_step(batches)
+    assert all(torch.equal(x, fresh[name]) for name, x in trainer.others["discriminator"].state_dict().items())
+    trainer.train_step(batches)
+    assert not any(
+        torch.equal(x, fresh[name])
+        for name, x in trainer.others["discriminator"].state_dict().items()
+        if name.endswith("weight")
+    )
+
+
+def test_unused_rows_are_revived_where_latents_are(tmp_path):
+    """At a window's end, rows that no side chose in it become vectors of that step; the others only learn."""
+    flags = ["--usage_every=3", "--codebook_size=256", "--ema=0.5", "--lr=0", f"--out_dir={tmp_path}"]
+    trainer = build(config_of(*flags), ALONE)
+    before, batches = trainer.model.quantize.embedding.weight.detach().clone(), iter(trainer.loader())
+    for _ in range(2):
+        trainer.train_step(batches)
+    assert torch.equal(trainer.model.quantize.embedding.weight, before)
+    chosen = trainer.use.counts.sum(0) > 0
+    trainer.train_step(batches)
+    after = trainer.model.quantize.embedding.weight.detach()
+    kept = (after == before).all(1)
+    assert kept[chosen].all()
+    assert not kept.all()
+    assert torch.allclose(after[~kept].norm(dim=1), torch.ones((~kept).sum()), atol=1e-5)
+    assert torch.equal(trainer.averaged.quantize.embedding.weight[~kept], after[~kept])
+    assert trainer.use.counts.sum() == 0
+    assert trainer.meter.state()["revived"] == [float((~kept).sum()), 1.0]
+
+
+def test_a_dropped_step_revives_nothing(tmp_path):
+    trainer = build(config_of("--usage_every=1", "--codebook_size=256", f"--out_dir={tmp_path}"), ALONE)
+    before = trainer.model.quantize.embedding.weight.detach().clone()
+    trainer.offers.append(torch.ones(256, 8))
+    trainer.updated(torch.tensor(1.0))
+    assert torch.equal(trainer.model.quantize.embedding.weight, before)
+    trainer.offers.append(torch.ones(256, 8))
+    trainer.updated(torch.tensor(0.0))
+    assert not torch.equal(trainer.model.quantize.embedding.weight, before)
+
+
+def test_two_ranks_train_as_one(tmp_path):
+    """Equal micro-batches: the same weights, discriminator, counts and revived rows."""
+    flags = [*SMALL, *EVERYTHING, "--micro_batch=4", "--max_steps=5", "--lr=1e-4"]
+    torchrun(2, "train_tokenizer.py", *flags, f"--out_dir={tmp_path / 'two'}")
+    build(config_of(*flags[len(SMALL) :], f"--out_dir={tmp_path / 'one'}"), ALONE).fit()
+    (_, two), (_, one) = (read_checkpoint(checkpoints(tmp_path / name)[-1]) for name in ("two", "one"))
+    for name, tensors in one.items():
+        for key, x in tensors.items():
+            assert torch.allclose(two[name][key].double(), x.double(), atol=1e-5), (name, key)
+    for name in ("val/loss", "train/loss", "train/loss_disc", "train/revived", "train/usage_side/4"):
+        assert read_metrics(tmp_path / "two", name)[1] == pytest.approx(
+            read_metrics(tmp_path / "one", name)[1], rel=1e-3
+        )
+
+
+def test_it_starts_from_weights(tmp_path):
+    first = build(config_of(f"--out_dir={tmp_path / 'a'}", "--seed=5"), ALONE)
+    save_tensors(tmp_path / "vae.safetensors", first.model.state_dict())
+    init = f"--init_ckpt={tmp_path / 'vae.safetensors'}"
+    second = build(config_of(init, f"--out_dir={tmp_path / 'b'}"), ALONE)
+    assert all(torch.equal(x, second.model.state_dict()[n]) for n, x in first.model.state_dict().items())
+    with pytest.raises(ValueError, match=r"quantize.embedding.weight \(32, 8\) in the file, \(64, 8\) here"):
+        build(config_of(init, "--codebook_size=64", f"--out_dir={tmp_path / 'c'}"), ALONE)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--image_size=32"], "--pn ends at 4, but 32 pixels make 8 latents a side"),
+        (["--disc_weight=1", "--disc_layers=3"], "--disc_layers 3 needs images of 24 pixels"),
+        (["--image_size=8", "--pn=1_2", "--perceptual=efficientnet_lite0"], "efficientnet_lite0 needs images of 16"),
+    ],
+)
+def test_wrong_sizes_are_named(flags, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        build(config_of(*flags, f"--out_dir={tmp_path}"), ALONE)
+
+
+def test_a_discriminator_cannot_come_or_go_on_the_way(tmp_path):
+    flags = ["--max_steps=1", f"--out_dir={tmp_path}", "--vis_num_samples=0", "--eval_images=0"]
+    build(config_of(*flags), ALONE).fit()
+    with pytest.raises(ValueError, match=r"discriminator none → 16 wide, 1 layers"):
+        build(config_of(*flags, "--disc_weight=1", "--disc_width=16", "--disc_layers=1"), ALONE)
+
+
+def test_the_check_looks_at_files_and_networks(tmp_path):
+    check(config_of())
+    with pytest.raises(ValueError, match="no weight file"):
+        check(config_of(f"--init_ckpt={tmp_path / 'none.pth'}"))
+    with pytest.raises(ValueError, match=r"none\.pth"):
+        check(config_of("--perceptual=lpips", f"--perceptual_weights={tmp_path / 'none.pth'}"))

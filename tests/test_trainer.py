@@ -8,12 +8,13 @@ from safetensors.torch import load_file
 
 from models.scales import draw_schedule
 from sar_trainer import SARTrainer
-from tests.conftest import ALONE, config_of, run, torchrun
+from tests.conftest import ALONE, config_of, fill, run, torchrun
 from train import build
 from trainer import Trainer
 from utils.checkpoint import newest_checkpoint
 from utils.data import CodeBatch, encode_batch, open_dataset
 from utils.distributed import Ranks
+from utils.weights import save_weights
 
 TF = "--training_mode=teacher_forcing"
 CPU = torch.device("cpu")
@@ -197,6 +198,28 @@ def test_wrong_batch_and_classes_are_named(flags):
         build(config_of(flags, TF, "--micro_batch=3"), ALONE)
     with pytest.raises(ValueError, match="10 classes, the model only 4"):
         build(config_of(flags, TF, "--num_classes=4"), ALONE)
+
+
+def test_weights_are_taken_over_to_other_classes(flags, tmp_path):
+    """--reset_class_embedding: everything but the classes' own rows, which are drawn as from scratch."""
+    old = build(config_of([*flags, "--num_classes=30"], TF, f"--out_dir={tmp_path / 'old'}"), ALONE).model
+    save_weights(fill(old, 3), tmp_path / "old.safetensors")
+    init = f"--init_ckpt={tmp_path / 'old.safetensors'}"
+    assert build(config_of(flags, TF, init), ALONE).model.config.num_classes == 30
+    model = build(config_of(flags, TF, init, "--reset_class_embedding=true"), ALONE).model
+    assert model.config.num_classes == 10
+    scratch = build(config_of(flags, TF), ALONE).model
+    assert torch.equal(model.class_emb.weight[:10], scratch.class_emb.weight[:10])
+    assert torch.equal(model.class_emb.weight[10], old.class_emb.weight[30])  # the unconditional class
+    others = {name: x for name, x in model.state_dict().items() if name != "class_emb.weight"}
+    assert all(torch.equal(x, old.state_dict()[name]) for name, x in others.items())
+
+
+def test_a_run_can_be_measured_in_steps(flags):
+    trainer = build(config_of(flags, TF, "--steps=7", "--max_steps=0"), ALONE)
+    assert (trainer.total_steps, trainer.stop_step) == (7, 7)
+    with pytest.raises(SystemExit):
+        config_of(flags, TF, "--steps=7", "--ep=3")
 
 
 def test_errors_of_a_user_are_one_line(flags):

@@ -104,11 +104,10 @@ def last_facts(directory: str | Path) -> dict:
     return {}
 
 
-def read_checkpoint(path: Path) -> tuple[RunState, StateDict, StateDict | None]:
-    """State, weights and moving average of a checkpoint that has been verified."""
+def read_checkpoint(path: Path) -> tuple[RunState, dict[str, StateDict]]:
+    """State, and the weights of each file, of a checkpoint that has been verified."""
     state = read_tensors(path / STATE, mmap=True)  # mapped: every rank reads it
-    average = read_tensors(path / EMA) if (path / EMA).is_file() else None
-    return RunState(**state), read_tensors(path / MODEL), average
+    return RunState(**state), {file.name: read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
 
 
 # ------------------------------------------------------------------------------------------------- writing

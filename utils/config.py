@@ -37,6 +37,7 @@ class ModelConfig:
     vae_ckpt: str = "pretrained/FlexVAE.pth"  # tokenizer weights: a file, or a tokenizer run's directory
     init_ckpt: str = alias("", "--continue_training_ckpt")
     """transformer weights to start from (a file or a run's directory); empty: from scratch"""
+    reset_class_embedding: bool = False  # take INIT_CKPT for other classes: all but their embeddings, drawn anew
     depth: int = 16  # transformer blocks
     width: int = 0  # transformer width; 0: 64·depth
     num_classes: int = 0  # classes of the model; 0: as many as --init_ckpt or else the data has
@@ -50,6 +51,7 @@ class ModelConfig:
 
     def __post_init__(self):
         at_least(self, depth=1, width=0, num_classes=0, label_drop=0)
+        only_with(self, bool(self.init_ckpt), "--init_ckpt", ["reset_class_embedding"])
         sides = self.scales.sides
         if self.schedule == "flexvar" and sides[-1] != 16:
             raise ValueError(f"--schedule flexvar draws sides up to 16, --pn ends at {sides[-1]}: use --schedule fixed")
@@ -68,7 +70,8 @@ class OptimConfig:
     bs: int = 768  # images a step, over all ranks
     micro_batch: int = 0  # images of one rank at a time; 0: bs / ranks. Gradients accumulate up to bs
     ep: float = 10.0  # epochs
-    max_steps: int = 0  # stop after this many steps; 0: run all epochs
+    steps: int = 0  # length of the run in steps, in place of --ep
+    max_steps: int = 0  # stop after this many steps, wherever the learning rate is then; 0: run to the end
     lr: float = 1e-4  # peak learning rate, as it stands: not scaled by the batch
     wp: float = 0.0  # warm-up, as a fraction of the run
     wpe: float = 1.0  # final learning rate as a fraction of --lr: flat for 5 % of the run, then linear. 1: constant
@@ -78,7 +81,8 @@ class OptimConfig:
     ema: float = 0.0  # decay of the moving average of the weights; 0: none
 
     def __post_init__(self):
-        at_least(self, bs=1, micro_batch=0, max_steps=0, lr=0, wp=0, wpe=0, twd=0, tclip=0, ema=0)
+        at_least(self, bs=1, micro_batch=0, steps=0, max_steps=0, lr=0, wp=0, wpe=0, twd=0, tclip=0, ema=0)
+        only_with(self, not self.steps, "epochs to count in: leave --steps out", ["ep"])
         if self.ep <= 0:
             raise ValueError(f"--ep must be positive, got {self.ep}")
         if self.ema >= 1 or self.wp >= 1:
@@ -166,6 +170,7 @@ class RunConfig:
     """a loss or gradient that is not finite: stop before it changes a weight, or drop the step"""
     max_skipped: int = 10  # on_nonfinite skip: stop after dropping this many steps
     timeout_minutes: float = 30  # stop when a rank has not been heard of for so long
+    check: bool = False  # check the flags and the files they name, then stop
 
     def __post_init__(self):
         at_least(self, seed=0, save_every_steps=0, save_every_minutes=0, keep=1, keep_every_epochs=0, max_skipped=0)
@@ -192,8 +197,8 @@ class WatchConfig:
         at_least(self, vis_every=0, vis_num_samples=0, eval_every=0, eval_images=0)
 
 
-def check_watch(config: TrainConfig | TokenizerTrainConfig) -> None:
-    only_with(config.watch, config.optim.ema > 0, "--ema", ["vis_ema"])
+def check_watch(watch: WatchConfig, optim: OptimConfig) -> None:
+    only_with(watch, optim.ema > 0, "--ema", ["vis_ema"])
 
 
 @dataclass(frozen=True)
@@ -201,7 +206,6 @@ class TrainRunConfig(RunConfig):
     """Run of `train.py`"""
 
     vis_cfg_scale: float = 2.5  # ramp guidance of the sample grids
-    check: bool = False  # check the flags and the files they name, then stop
 
     def __post_init__(self):
         super().__post_init__()
@@ -222,70 +226,30 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
-        check_watch(self)
+        check_watch(self.watch, self.optim)
         if self.speed.parallel == "fsdp" and self.optim.precision == "fp16":
             raise ValueError("--parallel fsdp does not go with --precision fp16: use bf16 or fp32")
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """Tokenizer"""
-
-    image_size: int = 256  # side of the training images
-    base_width: int = 128  # width of the finest level
-    width_mult: tuple[int, ...] = (
-        1,
-        1,
-        2,
-        2,
-        4,
-    )  # width of each level; every level but one halves the resolution
-    res_blocks: int = 2  # residual blocks a level of the encoder; the decoder has one more
-    z_channels: int = 256  # channels between the convolutions and the quantiser
-    codebook_size: int = 8912  # codebook rows
-    codebook_dim: int = 32  # codebook width
-    pn: str = "1_2_3_4_5_6_8_10_13_16"  # sides that are quantised and decoded
-    sides_per_step: int = 2  # random sides trained in a step, beside the finest
-    commitment: float = 0.25  # weight of the commitment loss
-
-    def __post_init__(self):
-        at_least(
-            self,
-            image_size=1,
-            base_width=32,
-            res_blocks=1,
-            codebook_size=2,
-            codebook_dim=1,
-            sides_per_step=0,
-            commitment=0,
-        )
-
-    @property
-    def scales(self) -> ScaleSchedule:
-        return ScaleSchedule.parse(self.pn)
-
-
-@dataclass(frozen=True)
-class TokenizerTrainConfig:
-    """Everything `train_tokenizer.py` takes."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    watch: WatchConfig = field(default_factory=WatchConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-
-    def __post_init__(self):
-        check_watch(self)
 
 
 # What a run cannot change on the way: the model, and which images come at which step.
 FIXED = {
     *("dataset", "bs", "seed", "training_mode", "depth", "width", "num_classes", "pn", "schedule", "supervision"),
     *("image_size", "base_width", "width_mult", "res_blocks", "z_channels", "codebook_size", "codebook_dim"),
-    *("images", "class_names_sha256", "model_classes", "tokenizer_sha256"),
+    *("images", "class_names_sha256", "model_classes", "tokenizer_sha256", "discriminator"),
 }
+
+
+def check_changes(old: dict, new: dict, directory: Path, allowed: bool) -> list[str]:
+    """Lines on what a run in `directory` does otherwise than its checkpoint. Raises ValueError for what cannot change,
+    unless `allowed`."""
+    changed = changes(old, new)
+    refused = [line for name, line in changed.items() if name in FIXED]
+    if refused and not allowed:
+        raise ValueError(
+            f"{directory} holds a run with other settings: {'; '.join(refused)}. Use another --out_dir, or "
+            "--allow_change to go on with its weights"
+        )
+    return list(changed.values())
 
 
 def changes(old: dict, new: dict) -> dict[str, str]:

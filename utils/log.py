@@ -17,7 +17,8 @@ import torchvision
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.config import LogConfig, TokenizerTrainConfig, TrainConfig
+from utils.config import LogConfig, TrainConfig
+from utils.config_tokenizer import TokenizerTrainConfig
 from utils.distributed import Ranks
 from utils.files import replacing
 

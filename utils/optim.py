@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 import torch
@@ -16,10 +17,10 @@ NO_DECAY = ("pos_1LC", "pos_start", "scale_mul_1H11")
 HOLD = 0.05  # of the run at the peak before the learning rate falls
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def make_optimizer(models: Iterable[nn.Module], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW (0.9, 0.95) with weight decay on matrices only: not on 1-D parameters, positions or temperatures."""
     decay, plain = [], []
-    for name, parameter in model.named_parameters():
+    for name, parameter in (pair for model in models for pair in model.named_parameters()):
         if parameter.requires_grad:
             is_matrix = parameter.ndim >= 2 and not name.endswith(NO_DECAY)
             (decay if is_matrix else plain).append(parameter)
@@ -90,11 +91,8 @@ class MovingAverage:
         torch._foreach_lerp_(average, current, 1 - self.decay)
 
 
-def clip_gradients(
-    model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, limit: float
-) -> torch.Tensor:
+def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
     """Scale the accumulated gradients down to a norm of `limit` (0: as they are). Returns their norm before that."""
-    precision.scaler.unscale_(optimizer)
     return whole(nn.utils.clip_grad_norm_(model.parameters(), limit or float("inf")))
 
 

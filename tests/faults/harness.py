@@ -22,7 +22,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from tests.conftest import ROOT, config_of
-from train import build
+from train import build, check
 from utils.checkpoint import newest_checkpoint, read_checkpoint
 from utils.loop import Loop, start
 
@@ -46,7 +46,7 @@ def attempt(flags: list[str], fault: Fault = lambda: None, kill_after: float | N
             os.dup2(log, 2)
             sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
             fault()
-            start(config_of(flags), build)
+            start(config_of(flags), build, check)
             status = 0
         except SystemExit as end:
             status = end.code or 0
@@ -178,6 +178,14 @@ def alive(pids: list[int]) -> list[int]:
                 found.append(pid)
         except OSError:
             continue
+    return found
+
+
+def killed(pids: list[int]) -> list[int]:
+    """Those that were still alive. They are not any more: a test that fails leaves nothing running."""
+    found = alive(pids)
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
     return found
 
 

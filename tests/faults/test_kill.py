@@ -8,7 +8,7 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.faults.harness import Points, alive, assert_identical, attempt, each_step, launch, lines_of, log_of
+from tests.faults.harness import Points, assert_identical, attempt, each_step, killed, launch, lines_of, log_of
 
 
 def points_of_a_run(tiny, directory) -> int:
@@ -108,6 +108,6 @@ def test_all_ranks_killed(tiny, tmp_path):
         assert len(ranks) == 2
         run.process.kill()
         time.sleep(1)
-        assert not alive(ranks)
+        assert not killed(ranks)
         assert launch(2, flags, log).wait(120) == 0, log.read_text()
         assert_identical(directory, wanted)

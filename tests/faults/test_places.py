@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.faults.harness import alive, children
+from tests.faults.harness import children, killed
 from tests.test_evaluate import flags as evaluation_flags
 from tests.test_evaluate import numbers, report_of
 
@@ -84,7 +84,7 @@ def test_an_evaluation_killed_midway(ranks, judged, saved, real, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         time.sleep(0.5)
-        assert not alive(workers)
+        assert not killed(workers)
     assert kills == 2
     subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
     assert report_of(tmp_path)["samples"] == 50

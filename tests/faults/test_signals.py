@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.faults.harness import alive, assert_identical, attempt, children, each_step, launch, log_of
+from tests.faults.harness import assert_identical, attempt, children, each_step, killed, launch, log_of
 from utils.checkpoint import newest_checkpoint
 
 LONG = ["--max_steps=100000", "--ep=100000", "--save_every_steps=1000000", "--eval_images=0", "--log_every=5"]
@@ -66,7 +66,7 @@ def test_sigterm_to_torchrun_saves_and_resumes(tiny, tmp_path):
     ranks = run.ranks()
     os.kill(run.process.pid, signal.SIGTERM)
     assert run.wait(60) != 0
-    assert not alive(ranks)
+    assert not killed(ranks)
     saved = int(re.search(r"stopped by signal 15, saved step (\d+)", log.read_text())[1])
     logged = max(int(step) for step in re.findall(r"SAR (\d+)/400", log.read_text()))
     assert logged <= saved <= logged + 60  # log lines are 4 steps apart; the signal travels
@@ -100,7 +100,7 @@ def test_one_rank_is_lost(fault, limit, tiny, tmp_path):
     os.kill(ranks[1], signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
     assert run.wait(limit) != 0
     print(f"{fault}: {time.monotonic() - began:.1f} s")
-    assert not alive(ranks)
+    assert not killed(ranks)
 
 
 @pytest.mark.faults
@@ -117,6 +117,6 @@ def test_the_launcher_is_killed(workers, tiny, tmp_path):
     assert "is training in" in (tmp_path / "second.log").read_text()
     run.process.kill()
     time.sleep(5)
-    assert not alive(everything)
+    assert not killed(everything)
     last = launch(2, [*flags, "--max_steps=3"], tmp_path / "log")  # the lock went with its holder
     assert last.wait(60) == 0, (tmp_path / "log").read_text()

@@ -15,6 +15,7 @@ from utils.files import read_tensors
 from utils.optim import exact_convolutions
 
 SPATIAL_CHANNELS = 7  # of the tapped map
+INSTEAD = "give --inception_weights PATH, or use --features efficientnet_lite0, which needs no download"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Inception(Extractor):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
         super().__init__()
-        state = read_tensors(Path(weights)) if weights else fetch(URL_INCEPTION_V3)
+        state = read_tensors(Path(weights)) if weights else fetch(URL_INCEPTION_V3, "Inception", INSTEAD)
         # torch-fidelity unpickles whatever its path holds: hand it a file of the tensors that were read safely.
         with tempfile.TemporaryDirectory() as folder:
             safe = Path(folder) / "inception.pth"
@@ -84,15 +85,15 @@ class Inception(Extractor):
         return (pool @ self.net.fc.weight.T.to(pool.device)).softmax(1)
 
 
-def fetch(url: str) -> dict[str, Tensor]:
-    """Download weights whose file name carries the start of their SHA-256, and check it."""
+def fetch(url: str, what: str, instead: str) -> dict[str, Tensor]:
+    """Download weights whose file name carries the start of their SHA-256, and check it.
+
+    Raises ValueError, with what to do `instead`.
+    """
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"could not fetch the Inception weights from {url} ({error}): give --inception_weights PATH, "
-            "or use --features efficientnet_lite0, which needs no download"
-        ) from None
+        raise ValueError(f"could not fetch the {what} weights from {url} ({error}): {instead}") from None
 
 
 class EfficientNetLite0(Extractor):

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.config_sampling import EvalConfig
+from utils.evaluations.c2i.features import Extractor
 from utils.files import read_array, replacing
 from utils.images import adm_crop, read_image
 
@@ -122,6 +124,12 @@ def fingerprint(path: Path) -> str:
         stat = file.stat()
         total.update(f"{file.relative_to(path.parent)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return total.hexdigest()
+
+
+def describe_images(path: str, config: EvalConfig, extractor: Extractor) -> dict:
+    """What the features of given images depend on."""
+    described = {"images": path, "image_size": config.image_size, "features": extractor.name}
+    return {**described, "images_sha256": fingerprint(Path(path))}
 
 
 def open_images(path: str | Path, size: int = 0) -> ImageSource:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 NEIGHBOURS = 3  # precision and recall: a point's neighbourhood reaches to its third neighbour, itself not counted
 BLOCK_FLOATS = 50_000_000  # of one block of distances
+WINDOW = 11  # pixels of the side of SSIM's window
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,11 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
     Source: Wang et al. 2004, K1 = 0.01, K2 = 0.03; over the windows that lie within the image.
     """
-    offsets = torch.arange(11, device=a.device, dtype=torch.float64) - 5
+    offsets = torch.arange(WINDOW, device=a.device, dtype=torch.float64) - WINDOW // 2
     line = torch.exp(-offsets.square() / (2 * 1.5**2))
     window = torch.outer(line, line) / line.sum() ** 2
     channels = a.shape[1]
-    kernel = window.expand(channels, 1, 11, 11)
+    kernel = window.expand(channels, 1, WINDOW, WINDOW)
 
     def local(x: Tensor) -> Tensor:
         return torch.nn.functional.conv2d(x, kernel, groups=channels)

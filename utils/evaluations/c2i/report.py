@@ -50,6 +50,13 @@ def write_report(report: dict, directory: Path) -> None:
     write_json(directory / "report.json", report)
     lines = ["# Evaluation", "", "| metric | value |", "|---|---|"]
     lines += [f"| {name} | {show(value)} |" for name, value in report.items() if isinstance(value, int | float)]
+    if report.get("sides"):
+        lines += [
+            "",
+            *markdown(report["sides"]),
+            "",
+            "![originals, and from the finest side down](reconstructions.png)",
+        ]
     for title in ("settings", "versions"):
         lines += ["", f"| {title} | |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in report[title].items()]
@@ -60,7 +67,16 @@ def write_report(report: dict, directory: Path) -> None:
     print(text)
 
 
-def show(value: float) -> str:
+def markdown(rows: list[dict]) -> list[str]:
+    """A table of rows of equal keys; a dash for None."""
+    header = list(rows[0])
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(show(value) for value in row.values()) + " |" for row in rows]
+
+
+def show(value: float | None) -> str:
+    if value is None:
+        return "–"
     return str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
@@ -70,9 +86,7 @@ def write_sweep(rows: list[dict], directory: Path) -> None:
 
     metrics = [name for name, value in rows[0].items() if isinstance(value, int | float)]
     header = ["cfg", "top_k", "top_p", *metrics]
-    table = [[row["settings"][n] for n in header[:3]] + [row.get(n, float("nan")) for n in metrics] for row in rows]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(show(value) for value in row) + " |" for row in table]
+    lines = markdown([{name: {**row["settings"], **row}.get(name) for name in header} for row in rows])
     write_json(directory / "sweep.json", rows)
     (directory / "sweep.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

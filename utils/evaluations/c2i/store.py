@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.config_sampling import EvalConfig
 from utils.distributed import Ranks
 from utils.evaluations.c2i.features import Extractor
 from utils.evaluations.c2i.images import ImageSource
@@ -89,3 +90,8 @@ class FeatureStore:
     def pool(self) -> Tensor:
         """All pooled features (N, D)."""
         return torch.cat(list(self.read("pool")))
+
+
+def chunk_size(config: EvalConfig, me: Ranks) -> int:
+    """Images at a time: --batch, or what suits the device."""
+    return config.batch or (64 if me.device.type == "cuda" else 8)

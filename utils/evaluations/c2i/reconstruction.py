@@ -1,0 +1,132 @@
+"""What a tokenizer loses: its reconstructions of real images at every side.
+
+Legend: N images, S sides, V codebook rows, s side of a scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
+from models.vqvae import VQVAE, to_bytes
+from utils.codebook import histogram, perplexity, usage
+from utils.config_sampling import EvalConfig
+from utils.distributed import Ranks
+from utils.evaluations.c2i.features import Extractor
+from utils.evaluations.c2i.images import ImageSource, describe_images, open_images
+from utils.evaluations.c2i.metrics import WINDOW, psnr, ssim
+from utils.evaluations.c2i.reference import Reference
+from utils.evaluations.c2i.report import score
+from utils.evaluations.c2i.store import FeatureStore, chunk_size
+from utils.files import read_array, read_json, save_array
+from utils.optim import exact_convolutions
+from utils.pictures import grid, save_picture
+from utils.tokenizer_loss import resize_to
+from utils.weights import digest_of, load_tokenizer
+
+SHOWN = 8  # images in the picture
+
+
+class Reconstructed:
+    """A tokenizer's reconstructions of a source at its finest side; what the others are worth is written on the way."""
+
+    def __init__(self, source: ImageSource, vae: VQVAE, sides: tuple[int, ...], directory: Path):
+        self.source, self.vae, self.sides, self.directory = source, vae, sides, directory
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batch(self, indices: range) -> Tensor:
+        """Also writes PSNR and SSIM (S, 2, n) and the codes (n, sum of s²) of these images."""
+        originals = self.source.batch(indices)
+        codes, made = self.at_every_side(originals)
+        quality = [self.quality(images, originals) for images in made]
+        save_array(self.directory / f"quality_{indices.start:06d}.npy", torch.stack(quality).numpy())
+        save_array(self.directory / f"codes_{indices.start:06d}.npy", torch.cat(codes, 1).to(torch.int32).numpy())
+        return made[-1]
+
+    @torch.no_grad()
+    def at_every_side(self, originals: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Images (n, 3, H, W) uint8 → codes (n, s²) and reconstructions (n, 3, factor·s, …) uint8 of each side."""
+        with exact_convolutions():
+            latent = self.vae.encode(originals.to(self.vae.codebook.device).float() / 127.5 - 1)
+            codes = [self.vae.codes(latent, s) for s in self.sides]
+            made = [to_bytes(self.vae.decode(c, s)) for c, s in zip(codes, self.sides, strict=True)]
+        return [c.cpu() for c in codes], made
+
+    @staticmethod
+    def quality(images: Tensor, originals: Tensor) -> Tensor:
+        """PSNR and SSIM (2, n) against the equally resized originals; SSIM is NaN where its window is too large."""
+        targets = resize_to(originals.float(), images.shape[-1])
+        similar = ssim(targets, images) if images.shape[-1] >= WINDOW else torch.full((len(images),), torch.nan)
+        return torch.stack([psnr(targets, images), similar.double()])
+
+
+def sides_of(config: EvalConfig, path: str, finest: int) -> tuple[int, ...]:
+    """--pn, or the sides that a tokenizer's run was trained at, or the released ten; the last is the images' own."""
+    record = Path(path) / "config.json"
+    trained = read_json(record).get("model", {}).get("pn", "") if record.is_file() else ""
+    named = ScaleSchedule.parse(config.pn or trained) if config.pn or trained else DEFAULT_SCHEDULE
+    if config.pn and named.sides[-1] != finest:
+        raise ValueError(f"--pn ends at {named.sides[-1]}, these images at {finest}")
+    return (*(s for s in named.sides if s < finest), finest)
+
+
+def evaluate_reconstructions(config: EvalConfig, extractor: Extractor, me: Ranks, directory: Path) -> dict[str, object]:
+    """rFID, PSNR and SSIM of a tokenizer, and at every side PSNR, SSIM and the use of the codebook. Draws a picture."""
+    source, path = open_images(config.reconstruct, config.image_size), config.vae_ckpt or "pretrained/FlexVAE.pth"
+    chunk = chunk_size(config, me)
+    described = describe_images(config.reconstruct, config, extractor)
+    vae = load_tokenizer(path).to(me.device)
+    sides = sides_of(config, path, source.batch(range(1)).shape[-1] // vae.config.factor)
+    real = FeatureStore(directory / "real", len(source), chunk, described, me)
+    real.fill(source, extractor, "real images")
+    described |= {"tokenizer_sha256": digest_of(vae), "scales": list(sides)}
+    made = FeatureStore(directory / "reconstructed", len(source), chunk, described, me)
+    reconstructed = Reconstructed(source, vae, sides, made.directory)
+    made.fill(reconstructed, extractor, "reconstructions")
+    if not me.first:
+        return {}
+    save_picture(reconstructed_picture(reconstructed), directory / "reconstructions.png")
+    quality = np.concatenate([read_array(p) for p in sorted(made.directory.glob("quality_*.npy"))], axis=2)  # (S, 2, N)
+    distances = score(made, extractor, Reference.of_store(real), config)
+    renamed = {f"r{name}" if name in ("fid", "sfid") else name: value for name, value in distances.items()}
+    means = dict(zip(("psnr", "ssim"), quality.mean(2).tolist()[-1], strict=True))
+    table = side_table(quality, sorted(made.directory.glob("codes_*.npy")), vae, sides)
+    return {**renamed, **means, "sides": table, "settings": described}
+
+
+def side_table(quality: np.ndarray, files: Sequence[Path], vae: VQVAE, sides: tuple[int, ...]) -> list[dict]:
+    """A row a side, from the quality (S, 2, N) and the files of codes."""
+    schedule, rows = ScaleSchedule(sides), vae.config.codebook_size
+    counts = torch.zeros(len(sides), rows, dtype=torch.long)
+    for file in files:
+        codes = torch.from_numpy(read_array(file)).long()
+        counts += torch.stack([histogram(part, rows) for part in schedule.split(codes)])
+    return [
+        {
+            "side": s,
+            "pixels": s * vae.config.factor,
+            "psnr": quality[i, 0].mean().item(),
+            "ssim": None if np.isnan(quality[i, 1]).any() else quality[i, 1].mean().item(),
+            "codebook_usage": usage(counts[i]).item(),
+            "perplexity": perplexity(counts[i]).item(),
+        }
+        for i, s in enumerate(sides)
+    ]
+
+
+def reconstructed_picture(reconstructed: Reconstructed) -> Tensor:
+    """A few images over their reconstructions, from the finest side to the coarsest (3, H, W) in [0, 1]."""
+    n = min(SHOWN, len(reconstructed))
+    spread = [i * len(reconstructed) // n for i in range(n)]
+    originals = torch.cat([reconstructed.source.batch(range(i, i + 1)) for i in spread])
+    made = reconstructed.at_every_side(originals)[1]
+    rows = [F.interpolate(x.float(), originals.shape[-2:], mode="nearest") for x in (originals, *reversed(made))]
+    return grid(torch.cat(rows) / 127.5 - 1, columns=n)

@@ -1,0 +1,198 @@
+"""What is trained: models, one optimiser step of them, and all of it to and from disk."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from utils.checkpoint import EMA, MODEL, Checkpoints, RunState, read_checkpoint, read_manifest
+from utils.config import TrainConfig, check_changes
+from utils.config_tokenizer import TokenizerTrainConfig
+from utils.data import accumulation
+from utils.distributed import Ranks, data_parallel, gathered
+from utils.files import as_json
+from utils.finite import FiniteGuard
+from utils.log import Meter
+from utils.optim import (
+    MovingAverage,
+    Precision,
+    apply_gradients,
+    clip_gradients,
+    derive_seed,
+    learning_rate,
+    make_optimizer,
+    restore_optimizer,
+)
+from utils.weights import load_strictly
+
+Config = TrainConfig | TokenizerTrainConfig
+Metrics = dict[str, Tensor]
+
+
+class Learner(ABC):
+    """Models that are trained step by step, saved, and resumed.
+
+    All randomness of a step is a function of (seed, step, micro-batch index), so that a resumed run, or one on
+    another number of ranks with the same micro-batch, trains identically.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        ranks: Ranks,
+        total_steps: int,
+        forward: nn.Module | None = None,
+        others: dict[str, nn.Module] | None = None,
+    ):
+        """`model` is what is saved; `forward`, when given, wraps it as the module that training calls.
+
+        `others` are saved beside it, each under its name. Those with parameters are trained along, and clipped by
+        themselves.
+        """
+        optim = config.optim
+        self.config, self.ranks, self.directory, self.total_steps = config, ranks, config.run.directory, total_steps
+        self.model = model.to(ranks.device)
+        self.others = {name: module.to(ranks.device) for name, module in (others or {}).items()}
+        self.ema = MovingAverage(self.model, optim.ema) if optim.ema else None
+        self.network = (forward or model).to(ranks.device)
+        if ranks.world > 1:
+            self.spread()
+        self.networks = [self.network]  # whose gradients are averaged over the ranks
+        self.optimizer = make_optimizer([model, *self.others.values()], optim)
+        self.precision = Precision(optim.precision, ranks.device)
+        self.micro_batch = optim.micro_batch or optim.bs // ranks.world
+        self.accumulate = accumulation(optim.bs, self.micro_batch, ranks.world)
+        self.checkpoints = Checkpoints(self.directory, config.run.keep)
+        self.guard = FiniteGuard(ranks, config.run.max_skipped if config.run.on_nonfinite == "skip" else 0)
+        self.meter = Meter()
+        self.step = self.saved_step = 0
+
+    def spread(self) -> None:
+        """Make the ranks train one model: DDP."""
+        self.network = data_parallel(self.network)
+
+    # ------------------------------------------------------------------------------- what a run defines
+
+    @abstractmethod
+    def micro_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
+        """Loss of one micro-batch and what to log of it: images (B, 3, H, W) in [-1, 1], or whatever else the data set
+        yields, and class ids (B,)."""
+
+    def updated(self, skip: Tensor) -> None:  # noqa: B027
+        """What else happens at the end of a step. `skip` is 1.0 where the step changed no weight."""
+
+    def facts(self) -> dict[str, object]:
+        """What, beside its flags, a run depends on and cannot change."""
+        return {}
+
+    # ----------------------------------------------------------------------------------------- one step
+
+    def train_step(self, batches: Iterator) -> None:
+        """One optimiser step over the micro-batches of this rank."""
+        optim, total = self.config.optim, torch.zeros((), device=self.ranks.device)
+        for i in range(self.accumulate):
+            images, labels = (x.to(self.ranks.device, non_blocking=True) for x in next(batches))
+            micro_batch = i * self.ranks.world + self.ranks.rank
+            torch.manual_seed(derive_seed("step", self.config.run.seed, self.step, micro_batch))
+            with self.gradients_stay_here(i + 1 < self.accumulate):
+                loss, metrics = self.micro_loss(images, labels)
+                self.precision.scaler.scale(loss / self.accumulate).backward()
+            self.meter.add(metrics)
+            total += loss.detach()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.total_steps, optim)
+        self.precision.scaler.unscale_(self.optimizer)
+        norms = {"gradient_norm": clip_gradients(self.model, optim.tclip)}
+        for name, module in self.others.items():
+            if any(p.grad is not None for p in module.parameters()):
+                norms[f"gradient_norm_{name}"] = clip_gradients(module, optim.tclip)
+        norm = torch.stack(list(norms.values())).sum()
+        skip = self.guard.judge(self.step, total, norm, norm_counts=self.precision.name != "fp16")
+        apply_gradients(self.optimizer, self.precision, skip)
+        if self.ema is not None:
+            self.ema.update(self.model)
+        self.meter.add(norms, weight=self.accumulate)
+        self.updated(skip)
+        self.step += 1
+
+    def gradients_stay_here(self, stay: bool) -> AbstractContextManager:
+        """DDP averages the gradients over the ranks with the last micro-batch only."""
+        stack = ExitStack()
+        for network in self.networks:
+            if stay and hasattr(network, "no_sync"):
+                stack.enter_context(network.no_sync())
+        return stack
+
+    # ---------------------------------------------------------------------------------- saving, resuming
+
+    @property
+    def saved(self) -> dict[str, nn.Module]:
+        """File name → module, of what a checkpoint holds."""
+        average = {EMA: self.averaged} if self.averaged is not None else {}
+        return {MODEL: self.model, **average, **{f"{name}.safetensors": other for name, other in self.others.items()}}
+
+    def checkpoint(self, kept: bool) -> None:
+        """Everything that `resume` needs, as it is now; the first rank writes it while training goes on."""
+        self.saved_step = self.step
+        self.checkpoints.finish()  # before the copy: one at a time in memory
+        tensors = {name: module.state_dict() for name, module in self.saved.items()}
+        weights, optimizer = gathered((tensors, self.optimizer.state_dict()), keep=self.ranks.first)
+        meters = self.ranks.everyones(self.meter.state())
+        if self.ranks.first:
+            scaler = self.precision.scaler.state_dict()
+            state = RunState(self.step, optimizer, scaler, meters, self.guard.skipped)
+            about = {"config": as_json(asdict(self.config)), "facts": self.facts(), "micro_batch": self.micro_batch}
+            self.checkpoints.submit(state, weights, about, kept)
+
+    def resume(self) -> None:
+        """Go on from the newest valid checkpoint of this run's directory, if there is one."""
+        newest = self.checkpoints.newest() if self.ranks.first else 0
+        step = int(self.ranks.highest([newest])[0])
+        if not step:
+            return
+        path = self.checkpoints.path(step)
+        if not path.is_dir():
+            raise ValueError(f"this rank sees no {path}: the run's directory must be one that all ranks share")
+        self.compare(read_manifest(path))
+        state, weights = read_checkpoint(path)
+        weights.setdefault(EMA, weights[MODEL])  # a moving average can begin on the way
+        for name, module in self.saved.items():
+            if name not in weights:
+                raise ValueError(f"{path} holds no {name}: use another --out_dir, and --init_ckpt for its weights")
+            load_strictly(module, weights[name], path)
+        restore_optimizer(self.optimizer, state.optimizer)
+        if state.scaler:  # empty unless the run was in fp16
+            self.precision.scaler.load_state_dict(state.scaler)
+        self.meter.restore(state.meter, self.ranks)
+        self.step, self.saved_step, self.guard.skipped = state.step, state.step, state.skipped
+        self.ranks.wait()  # every rank has read it
+        if self.ranks.first:
+            self.checkpoints.set_aside(after=self.step)
+
+    def compare(self, manifest: dict) -> None:
+        """Show what this run does otherwise than the checkpoint's. Raises ValueError for what cannot change."""
+        now = {**as_json(asdict(self.config)), "facts": as_json(self.facts())}
+        before = {**manifest["config"], "facts": manifest["facts"]}
+        lines = check_changes(before, now, self.directory, self.config.run.allow_change)
+        if manifest["micro_batch"] != self.micro_batch:
+            lines.append(f"images of a rank at a time {manifest['micro_batch']} → {self.micro_batch}: other draws")
+        if self.ranks.first:
+            for line in lines:
+                print(f"resumed with another setting: {line}", file=sys.stderr)
+
+    @property
+    def averaged(self) -> nn.Module | None:
+        """The model with the moving average of the weights."""
+        return self.ema.model if self.ema is not None else None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a share of the model: then all ranks must run whatever runs it."""
+        return False
