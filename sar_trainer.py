@@ -6,10 +6,13 @@ Legend: B batch, L tokens of a schedule, V codebook rows, D codebook width, C wi
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from models.flexvar import Task
 from models.head import Linear
 from models.sampling import Guidance, guide, sample_tokens
 from models.scales import ScaleSchedule, shift_all, shift_up
@@ -24,12 +27,13 @@ def rollout_guidance(sar: SARConfig) -> Guidance:
 
 
 class Rollout:
-    """Tokens drawn from a pass's logits while the head is read (Eq. 5), at the span first…end of its L tokens.
+    """Tokens drawn from a pass's logits while the head is read (Eq. 5), at the span first…end of the L it is asked.
 
     `tokens` (B, L) is -1 where nothing was drawn. `logits` are what they were drawn from, if asked for.
     """
 
     def __init__(self, sar: SARConfig, tokens: Tensor, first: int, end: int, keep_logits: bool = False):
+        """`tokens` are the true ones."""
         self.sar, self.first, self.end = sar, first, end
         self.tokens, self.agreement = torch.full_like(tokens, -1), torch.zeros_like(tokens, dtype=torch.bool)
         self.uniforms = torch.rand(tokens.shape, device=tokens.device) if sar.rollout != "argmax" else None
@@ -37,12 +41,10 @@ class Rollout:
         self.unconditional: Tensor | None = None  # (B, end, C) features
         self.weights: Tensor | None = None  # (end, 1) guidance of each token
 
-    def guide(self, unconditional: Tensor, schedule: ScaleSchedule, weights: list[float]) -> None:
+    def guide(self, unconditional: Tensor, lengths: Sequence[int], weights: list[float]) -> None:
         """Draw from logits that features (B, end, C) of the unconditional class guide, with a weight a scale."""
-        device = unconditional.device
-        lengths = torch.tensor(schedule.lengths)
-        self.unconditional = unconditional
-        self.weights = torch.tensor(weights).repeat_interleave(lengths).unsqueeze(-1).to(device, non_blocking=True)
+        each = torch.tensor(weights).repeat_interleave(torch.tensor(lengths)).unsqueeze(-1)
+        self.unconditional, self.weights = unconditional, each.to(unconditional.device, non_blocking=True)
 
     @torch.no_grad()
     def look(self, start: int, end: int, logits: Tensor, head: Linear) -> None:
@@ -89,10 +91,10 @@ class SARTrainer(Trainer):
         if gamma == 0 or len(schedule) < 2:
             return super().compute_loss(batch, schedule)
         tokens, labels = batch.tokens(schedule), batch.labels
-        inputs = shift_all(tokens, self.codebook, schedule)
-        rollout = self.plan(tokens, inputs, labels, schedule)
-        tf_loss, metrics = self.token_loss(labels, inputs, schedule, tokens, look=rollout.look)
-        csf_loss, student = self.student_loss(rollout, tokens, labels, schedule)
+        inputs, task = shift_all(tokens, self.codebook, schedule), self.task(tokens, schedule)
+        rollout = self.plan(tokens, inputs, labels, schedule, task)
+        tf_loss, metrics = self.token_loss(labels, inputs, schedule, tokens, look=rollout.look, task=task)
+        csf_loss, student = self.student_loss(rollout, tokens, labels, schedule, task)
         loss = tf_loss + gamma * csf_loss
         return loss, {
             **metrics,
@@ -100,7 +102,7 @@ class SARTrainer(Trainer):
             "loss": loss.detach(),
             "loss_tf": tf_loss.detach(),
             "loss_csf": csf_loss.detach(),
-            **rollout.metrics(tokens),
+            **rollout.metrics(task.pick(tokens)),
         }
 
     def gamma(self) -> float:
@@ -115,25 +117,26 @@ class SARTrainer(Trainer):
             return len(schedule) - 1
         return random.Random(f"ssr/{self.config.run.seed}/{self.step}").randrange(1, len(schedule))
 
-    def plan(self, tokens: Tensor, inputs: Tensor, labels: Tensor, schedule: ScaleSchedule) -> Rollout:
+    def plan(self, tokens: Tensor, inputs: Tensor, labels: Tensor, schedule: ScaleSchedule, task: Task) -> Rollout:
         """The rollout to be drawn from the teacher's logits: only the scales that the second pass reads or is asked."""
-        sar = self.config.sar
+        sar, starts = self.config.sar, (0, *accumulate(task.lengths))
         last = len(schedule) - 1 if sar.ssr == "all" else self.transition(schedule)
         first = 0 if sar.ssr == "all" else last - 1
         scales = last if sar.csf_target == "ground_truth" else last + 1  # scale `last` is drawn as a target only
         part = ScaleSchedule(schedule.sides[:scales])
-        rollout = Rollout(sar, tokens, schedule.offsets[first], part.total, sar.csf_target == "teacher_soft")
+        soft = sar.csf_target == "teacher_soft"
+        rollout = Rollout(sar, task.pick(tokens), starts[first], starts[scales], soft)
         weights = rollout_guidance(sar).weights(schedule.sides)[:scales]
         if any(weights):
             # Only the unconditional half is new, and it needs no gradient and no scale past the span.
-            null = torch.full_like(labels, self.model.null_class)
+            null, inputs = torch.full_like(labels, self.model.null_class), inputs[:, : part.total - part.lengths[0]]
             with torch.no_grad(), self.precision.autocast(cache=False):
-                features = self.model(null, inputs[:, : part.total - part.lengths[0]], part, read=lambda x, head: x)
-            rollout.guide(features, part, weights)
+                features = self.model(null, inputs, part, read=lambda x, head: x, **task.arguments)
+            rollout.guide(task.cut(scales).pick(features), task.lengths[:scales], weights)
         return rollout
 
     def student_loss(
-        self, rollout: Rollout, truth: Tensor, labels: Tensor, schedule: ScaleSchedule
+        self, rollout: Rollout, truth: Tensor, labels: Tensor, schedule: ScaleSchedule, task: Task
     ) -> tuple[Tensor, Metrics]:
         """The second pass on the rollout shifted up, and its loss at the scales that it fed.
 
@@ -142,15 +145,15 @@ class SARTrainer(Trainer):
         is the class embedding without pos_start. --ssr random: the same of a transition drawn anew each step.
         --ssr_steps n (with all): n such passes, each on the tokens drawn from the one before; the mean of their losses.
         """
-        sar = self.config.sar
+        sar, fed = self.config.sar, task.put(rollout.tokens, truth)  # (B, L)
         if sar.ssr != "all":
             i = self.transition(schedule)
-            side, fed = schedule.sides[i], rollout.tokens[:, schedule.span(i - 1)]
-            inputs = shift_up(fed, self.codebook, schedule.sides[i - 1], side)
-            targets = self.targets(rollout, truth, schedule.span(i))
+            side, before = schedule.sides[i], schedule.sides[i - 1]
+            inputs = shift_up(fed[:, schedule.span(i - 1)], self.codebook, before, side)
+            targets = self.targets(rollout, fed, truth, schedule.span(i))
             return self.token_loss(labels, inputs, ScaleSchedule((1, side)), targets, first=1, start=False)
         one = schedule.lengths[0]  # the first scale feeds, but has no loss: nothing but the class predicts it
-        targets, fed = self.targets(rollout, truth, slice(one, schedule.total)), rollout.tokens
+        targets = self.targets(rollout, fed, truth, slice(one, schedule.total))
         results = []
         for more in reversed(range(sar.ssr_steps)):
             again = Rollout(sar, truth[:, one:], 0, schedule.total - one) if more else None
@@ -161,9 +164,11 @@ class SARTrainer(Trainer):
                 fed = torch.cat([fed[:, :one], again.tokens], dim=1)
         return torch.stack([loss for loss, _ in results]).mean(), results[0][1]
 
-    def targets(self, rollout: Rollout, truth: Tensor, span: slice) -> Tensor:
+    def targets(self, rollout: Rollout, fed: Tensor, truth: Tensor, span: slice) -> Tensor:
         """What the second pass should predict at a span of tokens (--csf_target)."""
         target = self.config.sar.csf_target
         if target == "teacher_soft":
-            return rollout.logits[:, span.start - rollout.first : span.stop - rollout.first]  # (B, n, V)
-        return (rollout.tokens if target == "teacher" else truth)[:, span]
+            # Where the first scale was asked in part only, later tokens come so much earlier.
+            before = rollout.first + truth.shape[1] - rollout.tokens.shape[1]
+            return rollout.logits[:, span.start - before : span.stop - before]  # (B, n, V)
+        return (fed if target == "teacher" else truth)[:, span]

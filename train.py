@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from models.flexvar import FlexVAR, FlexVARConfig
+from models.flexvar import FlexVAR
+from models.hybrid import transformer_config
 from models.vqvae import VQVAE
 from pretrained.download import offer
 from sar_trainer import SARTrainer
@@ -41,17 +42,22 @@ def build_model(config: TrainConfig, vae: VQVAE, data_classes: int) -> FlexVAR:
     if data_classes < classes:
         warnings.warn(f"the data's {data_classes} classes take the ids 0…{data_classes - 1} of {classes}", stacklevel=2)
     torch.manual_seed(derive_seed("init", config.run.seed))
-    model = FlexVAR(
-        FlexVARConfig(
-            depth=wanted.depth,
-            width=wanted.width,
-            num_classes=classes,
-            codebook_size=vae.config.codebook_size,
-            codebook_dim=vae.config.codebook_dim,
-            aln=wanted.aln,
-            alng=wanted.alng,
-        )
-    )
+    sizes = {
+        "depth": wanted.depth,
+        "width": wanted.width,
+        "num_classes": classes,
+        "codebook_size": vae.config.codebook_size,
+        "codebook_dim": vae.config.codebook_dim,
+        "aln": wanted.aln,
+        "alng": wanted.alng,
+    }
+    if wanted.model == "hybrid":
+        sizes |= {
+            "first_side": wanted.first_side,
+            "shared_positions": wanted.hybrid_shared_positions,
+            "cross_scale": wanted.hybrid_cross_scale,
+        }
+    model = transformer_config(sizes).build()
     if reset:  # rows as they were drawn; the unconditional class, the last one, is known
         weights["class_emb.weight"] = torch.cat(
             [model.class_emb.weight[:-1], weights["class_emb.weight"][-1:]]

@@ -5,6 +5,7 @@ Legend: B batch, L tokens of a schedule, V codebook rows, D codebook width.
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -12,7 +13,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from models.flexvar import FlexVAR
+from models.flexvar import FlexVAR, Task
 from models.head import Look, head_losses
 from models.layers import kernel_for
 from models.pipeline import default_names
@@ -98,8 +99,14 @@ class Trainer(Loop):
     def compute_loss(self, batch: CodeBatch, schedule: ScaleSchedule) -> tuple[Tensor, Metrics]:
         """Teacher forcing: mean cross-entropy over all tokens, with inputs from ground truth (paper Eq. 2)."""
         tokens = batch.tokens(schedule)
-        loss, metrics = self.token_loss(batch.labels, shift_all(tokens, self.codebook, schedule), schedule, tokens)
+        inputs, task = shift_all(tokens, self.codebook, schedule), self.task(tokens, schedule)
+        loss, metrics = self.token_loss(batch.labels, inputs, schedule, tokens, task=task)
         return loss, {"loss": loss.detach(), **metrics}
+
+    def task(self, tokens: Tensor, schedule: ScaleSchedule) -> Task:
+        """What the model is asked in this step."""
+        rng = random.Random(f"task/{self.config.run.seed}/{self.step}")
+        return self.model.task(tokens, self.codebook, schedule, rng)
 
     def token_loss(
         self,
@@ -110,6 +117,7 @@ class Trainer(Loop):
         first: int = 0,
         start: bool = True,
         look: Look | None = None,
+        task: Task | None = None,
     ) -> tuple[Tensor, Metrics]:
         """A forward through the network and its mean loss at the scales from number `first` on.
 
@@ -117,17 +125,19 @@ class Trainer(Loop):
             labels, inputs, schedule, start: see `FlexVAR.forward`.
             targets: of these scales, tokens (B, n) or the logits to match (B, n, V).
             look: is shown their logits, see `head_losses`.
+            task: what of the targets is asked; by default all of these scales'.
 
         Returns: the loss, and loss and accuracy of each side.
         """
-        scales = ScaleSchedule(schedule.sides[first:])
+        task = task or Task(schedule.lengths[first:])
 
         def read(features: Tensor, head: nn.Linear) -> tuple[Tensor, ...]:
-            return head_losses(features[:, schedule.offsets[first] :], head, targets, look)
+            return head_losses(task.pick(features), head, task.pick(targets), look)
 
-        loss, losses, hits = self.network(labels, inputs, schedule, start, read)
+        loss, losses, hits = self.network(labels, inputs, schedule, start, read, first, **task.arguments)
         metrics = {}
-        for s, side_losses, side_hits in zip(scales.sides, scales.split(losses), scales.split(hits), strict=True):
+        parts = (x.split(task.lengths, dim=1) for x in (losses, hits))
+        for s, side_losses, side_hits in zip(schedule.sides[first:], *parts, strict=True):
             metrics[f"loss_side/{s}"] = side_losses.mean()
             metrics[f"accuracy_side/{s}"] = side_hits.mean()
         return loss, metrics

@@ -30,6 +30,7 @@ from utils.evaluations.c2i import Statistics, frechet_distance
 from utils.files import write_json
 from utils.optim import derive_seed
 from utils.pictures import grid, plot_curves, read_metrics, save_picture
+from utils.tokenizer_loss import resize_to
 from utils.weights import load_flexvar, load_tokenizer
 
 SIDES = "1_2_3_5_8"
@@ -46,6 +47,8 @@ TOKENIZER += ["--bs=32", "--lr=2e-3", "--wpe=0.1"]
 FLEXVAR = ["--depth=4", "--width=128", f"--pn={SIDES}", "--schedule=fixed", "--bs=48"]
 FROM_SCRATCH = ["--training_mode=teacher_forcing", "--lr=2e-3", "--wp=0.05", "--wpe=0.1"]
 FURTHER = ["--lr=3e-4"]
+HYBRID_SIDE = 3
+HYBRID = ["--model=hybrid", f"--first_side={HYBRID_SIDE}"]
 SAR = ["--training_mode=csfl", "--sf_top_k=0", "--sf_top_p=0.98", "--sf_cfg_scale=1.5"]
 
 ROWS = {
@@ -80,34 +83,36 @@ class Judge:
     """A scikit-learn classifier of the real training digits, and the Fréchet distance in its features.
 
     It is trained on, and its reference statistics come from, the training digits as training sees them: shifted and
-    turned a little. Features are the activations of its last hidden layer (64).
+    turned a little. Features are the activations of its last hidden layer (64). It sees images `side` pixels wide.
     """
 
-    def __init__(self, views: int = 6):
+    def __init__(self, views: int = 6, side: int = SIZE):
+        self.side = side
         train = open_dataset(DataConfig(dataset="digits"), SIZE, SEED, "train")
         images, labels = gather(train, range(views))
         self.classifier = MLPClassifier((128, 64), max_iter=40, random_state=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # 40 passes are enough: see the row of real digits
-            self.classifier.fit(pixels(images), labels)
+            self.classifier.fit(pixels(images, side), labels)
         self.reference = Statistics.of(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, 32, 32) → (B, 64)."""
-        x = pixels(images)
+        """Images (B, 3, H, W) → (B, 64)."""
+        x = pixels(images, self.side)
         for weights, bias in list(zip(self.classifier.coefs_, self.classifier.intercepts_, strict=True))[:-1]:
             x = np.maximum(x @ weights + bias, 0)
         return torch.from_numpy(x)
 
     def score(self, images: Tensor, labels: np.ndarray) -> dict[str, float]:
         distance = frechet_distance(Statistics.of(self.features(images)), self.reference)
-        accuracy = float(self.classifier.score(pixels(images), labels))
+        accuracy = float(self.classifier.score(pixels(images, self.side), labels))
         return {"class_accuracy": accuracy, "frechet_distance": distance}
 
 
-def pixels(images: Tensor) -> np.ndarray:
-    """Images (B, 3, 32, 32) in [-1, 1] → grey 16×16 maps in [0, 1] (B, 256)."""
-    small = F.avg_pool2d(images.clamp(-1, 1).mean(1, keepdim=True), 2)
+def pixels(images: Tensor, side: int) -> np.ndarray:
+    """Images (B, 3, H, W) in [-1, 1], at a resolution of `side` → grey 16×16 maps in [0, 1] (B, 256)."""
+    grey = resize_to(images.clamp(-1, 1).mean(1, keepdim=True), side)
+    small = F.avg_pool2d(grey, 2) if side == 32 else F.interpolate(grey, (16, 16), mode="bilinear")
     return (small.flatten(1).double().numpy() + 1) / 2
 
 
@@ -119,7 +124,8 @@ def gather(views, epochs: range) -> tuple[Tensor, np.ndarray]:
 
 def sample(directory: Path, vae: torch.nn.Module, labels: Tensor) -> Tensor:
     """Images of a run's model, the same seeds for every run."""
-    model, schedule = load_flexvar(directory), ScaleSchedule.parse(SIDES)
+    model = load_flexvar(directory)
+    schedule = model.trim(ScaleSchedule.parse(SIDES))
     seeds = [derive_seed("quickstart", i) for i in range(len(labels))]
     parts = [
         generate(model, vae, labels[i : i + 100], schedule, GUIDANCE, TOP_K, TOP_P, seeds[i : i + 100])
@@ -202,12 +208,13 @@ def main() -> None:
     parser.add_argument("--tokenizer_steps", type=int, default=300)
     parser.add_argument("--flexvar_steps", type=int, default=450)
     parser.add_argument("--further_steps", type=int, default=150)
+    parser.add_argument("--model", choices=["flexvar", "hybrid"], default="flexvar")
     args = parser.parse_args()
     out, first, more = args.out, args.flexvar_steps, args.further_steps
     runs, seconds = {}, {}
     steps = {"tokenizer": args.tokenizer_steps, "flexvar": first, "flexvar_continued": more, "sar": more}
     vae_ckpt = f"--vae_ckpt={out / 'tokenizer'}"
-    base = [vae_ckpt, f"--code_cache={out / 'codes'}", *FLEXVAR]
+    base = [vae_ckpt, f"--code_cache={out / 'codes'}", *FLEXVAR, *(HYBRID if args.model == "hybrid" else [])]
     further = [*base, *FURTHER, f"--init_ckpt={out / 'flexvar'}"]
     stages = {
         "tokenizer": ("train_tokenizer.py", TOKENIZER),

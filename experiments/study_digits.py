@@ -54,6 +54,17 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
+def write_table(found: dict[str, list[dict]], columns: dict[str, tuple[str, int]], out: Path) -> None:
+    """study.json: the rows of every seed; table.md: a line a variant, with its columns' titles and digits."""
+    write_json(out / "study.json", found)
+    lines = ["| | " + " | ".join(title for title, _ in columns.values()) + " |", "|---|" + "---|" * len(columns)]
+    for name, rows in found.items():
+        cells = [spread([row[c] for row in rows], d) if c in rows[0] else "" for c, (_, d) in columns.items()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--quickstart", type=Path, default=Path("out/quickstart"))
@@ -88,13 +99,7 @@ def main() -> None:
     for (name, _), run in runs.items():
         seconds = 48 / statistics.median(read_metrics(run, "train/images_per_second")[1])
         found[name].append({**scores(run), "seconds_per_step": seconds})
-    write_json(args.out / "study.json", found)
-    lines = ["| | " + " | ".join(title for title, _ in COLUMNS.values()) + " |", "|---|" + "---|" * len(COLUMNS)]
-    for name, rows in found.items():
-        cells = [spread([row[c] for row in rows], d) if c in rows[0] else "" for c, (_, d) in COLUMNS.items()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    (args.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    write_table(found, COLUMNS, args.out)
 
 
 if __name__ == "__main__":

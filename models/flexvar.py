@@ -6,8 +6,9 @@ Legend: B batch, L tokens of a schedule, V codebook rows, D codebook width, C wi
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,35 @@ class FlexVARConfig:
     def heads(self) -> int:
         return self.width // 64
 
+    def build(self) -> FlexVAR:
+        """A model of these sizes."""
+        return FlexVAR(self)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a teacher-forced pass is asked, and what it needs for that beside the shifted inputs."""
+
+    lengths: tuple[int, ...]  # tokens that are asked at each scale
+    places: Tensor | None = None  # (B, n) which of the L tokens those are; None: all
+    arguments: dict[str, Tensor] = field(default_factory=dict)  # of the model's forward
+
+    def pick(self, x: Tensor) -> Tensor:
+        """(B, L, …) → what is asked of it (B, n, …)."""
+        if self.places is None:
+            return x
+        return x.take_along_dim(self.places if x.ndim == 2 else self.places.unsqueeze(-1), dim=1)
+
+    def put(self, answers: Tensor, truth: Tensor) -> Tensor:
+        """Answers (B, n) to what was asked, among the true tokens (B, L)."""
+        return answers if self.places is None else truth.scatter(1, self.places, answers)
+
+    def cut(self, scales: int) -> Task:
+        """The same of the first so many scales."""
+        lengths = self.lengths[:scales]
+        places = None if self.places is None else self.places[:, : sum(lengths)]
+        return Task(lengths, places, self.arguments)
+
 
 @dataclass
 class SamplingState:
@@ -59,6 +89,8 @@ class SamplingState:
 
 class FlexVAR(nn.Module):
     """The transformer. Nothing in it depends on a schedule: any sides the caller names will do."""
+
+    fills_first_side = False  # whether the first side takes several steps to sample: see `HybridVAR`
 
     def __init__(self, config: FlexVARConfig | None = None):
         super().__init__()
@@ -117,8 +149,22 @@ class FlexVAR(nn.Module):
             block.ada_lin[1].weight[: 2 * width].mul_(config.alng)
             block.ada_lin[1].weight[2 * width :].mul_(config.aln)
 
+    def task(self, tokens: Tensor, codebook_VD: Tensor, schedule: ScaleSchedule, rng: random.Random) -> Task:
+        """What teacher forcing on tokens (B, L) asks: every one of them."""
+        return Task(schedule.lengths)
+
+    def trim(self, schedule: ScaleSchedule) -> ScaleSchedule:
+        """The part of a schedule that this model knows: all of it."""
+        return schedule
+
     def forward(
-        self, labels: Tensor, inputs: Tensor, schedule: ScaleSchedule, start: bool = True, read: Read | None = None
+        self,
+        labels: Tensor,
+        inputs: Tensor,
+        schedule: ScaleSchedule,
+        start: bool = True,
+        read: Read | None = None,
+        first: int = 0,
     ) -> Tensor:
         """Logits of all scales in one scale-causal pass.
 
@@ -128,8 +174,9 @@ class FlexVAR(nn.Module):
             schedule: the sides s₁…s_N.
             start: add pos_start to the first scale (the released second pass leaves it out).
             read: what to make of the last features (B, L, C) and the head, instead of all their logits.
+            first: number of the first scale that is asked for.
 
-        Returns: (B, L, V), or what `read` returns.
+        Returns: (B, L, V), or what `read` returns; of the scales from number `first` on.
         """
         condition = self.class_emb(labels)  # (B, C)
         first = self.first_scale(condition, schedule.lengths[0], start)
@@ -137,7 +184,8 @@ class FlexVAR(nn.Module):
         x = x + self.positions(schedule.sides)
         attention = ScaleCausalAttention(schedule, x.device)
         modulations = [block.ada_lin(condition) for block in self.blocks]
-        x = self.trunk(x, modulations, self.head_nm.ada_lin(condition), [attention] * len(self.blocks))
+        x = self.through_blocks(x, modulations, [attention] * len(self.blocks))
+        x = self.head_nm(x[:, schedule.offsets[first] :], self.head_nm.ada_lin(condition))
         return read(x, self.head) if read else self.head(x)
 
     def begin(self, labels: Tensor, capacity: int) -> SamplingState:
@@ -159,8 +207,12 @@ class FlexVAR(nn.Module):
             x = self.first_scale(state.condition, s * s, start=True)
         else:
             x = self.word_embed(inputs.to(self.word_embed.weight.dtype))
-        x = self.trunk(x + self.positions((s,)), state.modulations, state.head_modulation, state.caches)
-        return self.head(x[:rows])
+        x = self.through_blocks(x + self.positions((s,)), state.modulations, state.caches)
+        return self.head(self.head_nm(x, state.head_modulation)[:rows])
+
+    def uniforms_needed(self, schedule: ScaleSchedule) -> int:
+        """Uniform numbers that sampling an image takes."""
+        return schedule.total
 
     def first_scale(self, condition: Tensor, length: int, start: bool) -> Tensor:
         """The class embedding (B, C) at every token of the first scale (B, length, C)."""
@@ -173,14 +225,14 @@ class FlexVAR(nn.Module):
         with torch.autocast(maps.device.type, enabled=False):
             return torch.cat([area_weights(s, POSITION_SIDE, maps.device) for s in sides]) @ maps
 
-    def trunk(self, x: Tensor, modulations: list[Tensor], head_modulation: Tensor, attentions: list[Attend]) -> Tensor:
-        """Embedded tokens (B, L, C) → the features (B, L, C) that the head reads."""
+    def through_blocks(self, x: Tensor, modulations: list[Tensor], attentions: Sequence[Attend]) -> Tensor:
+        """Embedded tokens (B, L, C) → features (B, L, C), which the head reads after its norm."""
         for block, modulation, attention in zip(self.blocks, modulations, attentions, strict=True):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, modulation, attention, use_reentrant=False)
             else:
                 x = block(x, modulation, attention)
-        return self.head_nm(x, head_modulation)
+        return x
 
 
 def area_weights(s: int, side: int, device: torch.device) -> Tensor:

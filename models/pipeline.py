@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from models.editing import inpaint, place_on_canvas
-from models.flexvar import FlexVAR, FlexVARConfig
+from models.flexvar import FlexVAR
+from models.hybrid import transformer_config
 from models.sampling import Draw, Edit, Guidance, sample_codes
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 from models.vqvae import VQVAE, VQVAEConfig, to_bytes
@@ -71,8 +72,8 @@ class SARPipeline(
     ):
         super().__init__()
         self.vae = VQVAE(VQVAEConfig(**{**tokenizer, "width_mult": tuple(tokenizer["width_mult"])}))
-        self.model = FlexVAR(FlexVARConfig(**transformer))
-        self.schedule = ScaleSchedule(tuple(sides))
+        self.model = transformer_config(transformer).build()
+        self.schedule = self.model.trim(ScaleSchedule(tuple(sides)))
         self.class_names = list(class_names or default_names(self.model.config.num_classes))
         if len(self.class_names) != self.model.config.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {self.model.config.num_classes} classes")
@@ -214,7 +215,7 @@ def open_pipeline(ckpt: str, vae_ckpt: str = "", pn: str = "", use_ema: bool = F
             pipeline = SARPipeline.from_pretrained(ckpt)
         except (OSError, RuntimeError) as error:  # the Hub's errors are OSErrors
             raise ValueError(f"{ckpt} is no pipeline on disk, nor one to be had from the Hub: {error}") from None
-        pipeline.schedule = named or pipeline.schedule
+        pipeline.schedule = pipeline.model.trim(named) if named else pipeline.schedule
         return pipeline
     if use_ema and not path.is_dir():
         raise ValueError(f"--use_ema takes the moving average of a run's directory, and {ckpt} is a file")

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.flexvar import FlexVAR, check_labels
+from models.flexvar import FlexVAR, SamplingState, check_labels
 from models.scales import ScaleSchedule, shift_up
 from models.vqvae import VQVAE
 
@@ -50,8 +50,12 @@ class Guidance:
                 return self.scale
             return self.scale * i / min(last, 9) if last else 0.0
         if self.kind == "half_ramp":
-            return self.scale * 0.5 * (1 + (i / last if last else 0.0)) if self.scale > 1 else 0.0
+            return self.half_ramp(i / last if last else 0.0)
         return self.scale - 1 if self.kind == "constant" else 0.0
+
+    def half_ramp(self, progress: float) -> float:
+        """w of half-ramp guidance at this scale, whatever the kind."""
+        return self.scale * 0.5 * (1 + progress) if self.scale > 1 and self.kind != "none" else 0.0
 
     def weights(self, sides: Sequence[int], max_pn: int | None = None) -> list[float]:
         """w at every scale."""
@@ -67,6 +71,7 @@ class Draw:
     top_k: int = 0
     top_p: float = 0.0
     max_pn: int | None = 16
+    fill_steps: int = 8  # of a model that fills its first side step by step
 
 
 def guide(cond: Tensor, uncond: Tensor, weight: float | Tensor) -> Tensor:
@@ -145,22 +150,24 @@ def walk(
     """Sample scale by scale: cached forward → guidance → top-k/top-p → codes → shift up.
 
     Yields (side, codes (B, s²)) coarse to fine. `edit` may replace the codes of a scale before they are yielded and
-    shifted up. The caller sees to evaluation mode and to `no_grad`, and supplies uniform numbers (B, L).
+    shifted up. The caller sees to evaluation mode and to `no_grad`, and supplies uniform numbers: (B, L), or as many as
+    the model's `uniforms_needed` says.
     """
     sides = schedule.sides
     weights = draw.guidance.weights(sides, draw.max_pn)
-    guided = any(weights)
+    guided = any(weights) or (model.fills_first_side and draw.guidance.half_ramp(1.0) > 0)
     if guided:  # conditional half, then unconditional half
         labels = torch.cat([labels, torch.full_like(labels, model.null_class)])
     state = model.begin(labels, schedule.total)
     inputs = None
     for i, s in enumerate(sides):
-        if weights[i]:
-            logits = guide(*model.step(state, inputs, s).chunk(2), weights[i])
-        else:  # the unconditional half is remembered, not read
-            logits = model.step(state, inputs, s, rows=len(uniforms))
-        greedy = draw.max_pn is not None and (s not in SAMPLED_SIDES or s > draw.max_pn)
-        codes = sample_tokens(logits, 1 if greedy else draw.top_k, draw.top_p, uniforms[:, schedule.span(i)])
+        if i == 0 and model.fills_first_side:
+            order = uniforms[:, schedule.total :]
+            codes = model.fill_first_side(state, codebook_VD, draw, uniforms[:, schedule.span(0)], order)
+        else:
+            logits = one_scale(model, state, inputs, s, weights[i], len(uniforms))
+            greedy = draw.max_pn is not None and (s not in SAMPLED_SIDES or s > draw.max_pn)
+            codes = sample_tokens(logits, 1 if greedy else draw.top_k, draw.top_p, uniforms[:, schedule.span(i)])
         if edit is not None:
             codes = edit(s, codes)
         yield s, codes
@@ -168,6 +175,13 @@ def walk(
             inputs = shift_up(codes, codebook_VD, s, sides[i + 1])  # (B, s'², D)
             if guided:
                 inputs = inputs.repeat(2, 1, 1)
+
+
+def one_scale(model: FlexVAR, state: SamplingState, inputs: Tensor | None, s: int, weight: float, batch: int) -> Tensor:
+    """Guided logits (B, s², V) of the next scale."""
+    if weight:
+        return guide(*model.step(state, inputs, s).chunk(2), weight)
+    return model.step(state, inputs, s, rows=batch)  # the unconditional half is remembered, not read
 
 
 @torch.no_grad()
@@ -185,7 +199,7 @@ def sample_codes(
     if len(seeds) != len(labels):
         raise ValueError(f"each image needs a seed of its own: {len(labels)} labels, {len(seeds)} seeds")
     device = model.pos_start.device
-    uniforms = image_uniforms(seeds, schedule.total, device)
+    uniforms = image_uniforms(seeds, model.uniforms_needed(schedule), device)
     with evaluating(model):
         return dict(walk(model, codebook_VD, labels.to(device), schedule, draw, uniforms, edit))
 

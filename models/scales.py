@@ -38,6 +38,12 @@ class ScaleSchedule:
     def __len__(self) -> int:
         return len(self.sides)
 
+    def starting(self, side: int) -> ScaleSchedule:
+        """The sides from one of them on. Raises ValueError when that is not among them."""
+        if side not in self.sides:
+            raise ValueError(f"the first side {side} is none of the scales {self.sides}")
+        return ScaleSchedule(tuple(s for s in self.sides if s >= side))
+
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         return tuple(s * s for s in self.sides)

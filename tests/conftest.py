@@ -58,7 +58,7 @@ def fill(module: nn.Module, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     state = module.state_dict()
     for key in sorted(state):
-        if not key.endswith(("attn_bias_for_masking", "zero_k_bias", "codebook_used")):
+        if not key.endswith(("attn_bias_for_masking", "zero_k_bias", "codebook_used", "layout")):
             noise = torch.randn(state[key].shape, generator=generator)
             state[key].copy_(recipe_value(key, state[key].shape, noise))
     return module.eval()

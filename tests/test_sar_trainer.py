@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models.flexvar import Task
 from models.sampling import Guidance, sample_tokens
 from models.scales import ScaleSchedule, shift_all, shift_up
 from sar_trainer import Rollout, SARTrainer
@@ -141,7 +142,7 @@ def test_both_second_passes_equal_the_released_ones(ssr, reference, expected, sc
 def roll_out(trainer, expected, schedule):
     """The rollout of a trainer's teacher pass."""
     tokens, inputs, labels = expected["vae.codes"], expected["teacher.inputs"], expected["labels"]
-    rollout = trainer.plan(tokens, inputs, labels, schedule)
+    rollout = trainer.plan(tokens, inputs, labels, schedule, Task(schedule.lengths))
     trainer.token_loss(labels, inputs, schedule, tokens, look=rollout.look)
     return rollout
 
@@ -191,7 +192,7 @@ def test_ground_truth_target(reference, expected, schedule):
 def test_no_gradient_flows_through_the_rollout(reference, model, expected, schedule):
     trainer = reference("--rollout=cfg", "--csf_weight=1")
     rollout = roll_out(trainer, expected, schedule)
-    csf, _ = trainer.student_loss(rollout, expected["vae.codes"], expected["labels"], schedule)
+    csf, _ = trainer.student_loss(rollout, expected["vae.codes"], expected["labels"], schedule, Task(schedule.lengths))
     rollout = rollout.tokens
     csf.backward()
     found = model.head.weight.grad.clone()
@@ -258,7 +259,7 @@ def test_a_random_transition_is_a_released_pass_of_that_transition(reference, ex
     rollout = rollout_of(trainer, expected["student.rollout_argmax"])
     seen = set()
     for trainer.step in range(20):
-        loss, metrics = trainer.student_loss(rollout, expected["vae.codes"], labels, schedule)
+        loss, metrics = trainer.student_loss(rollout, expected["vae.codes"], labels, schedule, Task(schedule.lengths))
         (side,) = (int(name.split("/")[1]) for name in metrics if name.startswith("loss_side/"))
         seen.add(side)
         if side == 4:
@@ -270,19 +271,21 @@ def test_soft_targets_are_a_kl_and_one_hot_ones_the_hard_loss(reference, expecte
     trainer, labels = reference("--csf_target=teacher_soft"), expected["labels"]
     rollout = rollout_of(trainer, expected["student.rollout_argmax"])
     rollout.kept = [F.one_hot(rollout.tokens, 128).float() * 1e4]  # as logits: all the mass on one token
-    soft, _ = trainer.student_loss(rollout, expected["vae.codes"], labels, schedule)
+    soft, _ = trainer.student_loss(rollout, expected["vae.codes"], labels, schedule, Task(schedule.lengths))
     assert worst(soft.detach().view(1), expected["student.csf_loss_all"]) < 1e-5
     teacher, student = (expected[n][:, 1:].log_softmax(-1) for n in ("teacher.logits", "student.logits_all"))
     kl = (teacher.exp() * (teacher - student)).sum(-1).mean()
     rollout.kept = [expected["teacher.logits"]]
-    found, _ = trainer.student_loss(rollout, expected["vae.codes"], labels, schedule)
+    found, _ = trainer.student_loss(rollout, expected["vae.codes"], labels, schedule, Task(schedule.lengths))
     assert found.item() == pytest.approx(kl.item(), rel=1e-4)
 
 
 def test_deeper_rollouts_feed_on_the_students_own_tokens(reference, model, expected, schedule):
     trainer, labels = reference("--rollout=argmax", "--ssr_steps=2"), expected["labels"]
     rollout = expected["student.rollout_argmax"]
-    found, _ = trainer.student_loss(rollout_of(trainer, rollout), expected["vae.codes"], labels, schedule)
+    found, _ = trainer.student_loss(
+        rollout_of(trainer, rollout), expected["vae.codes"], labels, schedule, Task(schedule.lengths)
+    )
     drawn = expected["student.logits_all"].argmax(-1)
     again = shift_all(torch.cat([rollout[:, :1], drawn[:, 1:]], 1), trainer.codebook, schedule)
     second = F.cross_entropy(model(labels, again, schedule)[:, 1:].flatten(0, 1), rollout[:, 1:].flatten())

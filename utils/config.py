@@ -37,6 +37,11 @@ class ModelConfig:
     vae_ckpt: str = "pretrained/FlexVAE.pth"  # tokenizer weights: a file, or a tokenizer run's directory
     init_ckpt: str = alias("", "--continue_training_ckpt")
     """transformer weights to start from (a file or a run's directory); empty: from scratch"""
+    model: Literal["flexvar", "hybrid"] = "flexvar"
+    """flexvar: scale-wise autoregression; hybrid (Sec. 3.3): masked tokens at the first side, then the same"""
+    first_side: int = 4  # hybrid: the side that is predicted by masked tokens; coarser ones are left out of --pn
+    hybrid_shared_positions: bool = False  # hybrid: positions of the first side from the finer sides' map
+    hybrid_cross_scale: bool = False  # hybrid: a finer side sees the finer sides before it, too
     reset_class_embedding: bool = False  # take INIT_CKPT for other classes: all but their embeddings, drawn anew
     depth: int = 16  # transformer blocks
     width: int = 0  # transformer width; 0: 64·depth
@@ -52,6 +57,10 @@ class ModelConfig:
     def __post_init__(self):
         at_least(self, depth=1, width=0, num_classes=0, label_drop=0)
         only_with(self, bool(self.init_ckpt), "--init_ckpt", ["reset_class_embedding"])
+        hybrid = self.model == "hybrid"
+        only_with(self, hybrid, "--model hybrid", ["first_side", "hybrid_shared_positions", "hybrid_cross_scale"])
+        if hybrid and self.schedule != "fixed":
+            raise ValueError("--model hybrid goes with --schedule fixed only")
         sides = self.scales.sides
         if self.schedule == "flexvar" and sides[-1] != 16:
             raise ValueError(f"--schedule flexvar draws sides up to 16, --pn ends at {sides[-1]}: use --schedule fixed")
@@ -60,7 +69,8 @@ class ModelConfig:
 
     @property
     def scales(self) -> ScaleSchedule:
-        return ScaleSchedule.parse(self.pn)
+        schedule = ScaleSchedule.parse(self.pn)
+        return schedule.starting(self.first_side) if self.model == "hybrid" else schedule
 
 
 @dataclass(frozen=True)
@@ -227,13 +237,19 @@ class TrainConfig:
 
     def __post_init__(self):
         check_watch(self.watch, self.optim)
+        simple = self.sar.training_mode == "teacher_forcing" or (
+            self.sar.training_mode == "csfl" and self.sar.ssr == "all"
+        )
+        if self.model.model == "hybrid" and not simple:
+            raise ValueError("--model hybrid goes with --training_mode teacher_forcing, or csfl with --ssr all")
         if self.speed.parallel == "fsdp" and self.optim.precision == "fp16":
             raise ValueError("--parallel fsdp does not go with --precision fp16: use bf16 or fp32")
 
 
 # What a run cannot change on the way: the model, and which images come at which step.
 FIXED = {
-    *("dataset", "bs", "seed", "training_mode", "depth", "width", "num_classes", "pn", "schedule", "supervision"),
+    *("dataset", "bs", "seed", "training_mode", "model", "first_side", "hybrid_shared_positions", "hybrid_cross_scale"),
+    *("depth", "width", "num_classes", "pn", "schedule", "supervision"),
     *("image_size", "base_width", "width_mult", "res_blocks", "z_channels", "codebook_size", "codebook_dim"),
     *("images", "class_names_sha256", "model_classes", "tokenizer_sha256", "discriminator"),
 }

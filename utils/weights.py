@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.flexvar import FlexVAR, FlexVARConfig
+from models.hybrid import transformer_config
 from models.vqvae import VQVAE, VQVAEConfig
 from pretrained.download import FILES
 from utils.checkpoint import MANIFEST, MODEL, newest_checkpoint, verify
@@ -116,16 +117,21 @@ def flexvar_config(weights: StateDict, source: str | Path) -> FlexVARConfig:
     """A transformer's sizes, read off its tensors."""
     try:
         width, dim = weights["word_embed.weight"].shape
-        return FlexVARConfig(
-            depth=count(weights, "blocks.{}.attn.mat_qkv.weight"),
-            width=width,
-            num_classes=weights["class_emb.weight"].shape[0] - 1,
-            codebook_size=weights["head.weight"].shape[0],
-            codebook_dim=dim,
-        )
+        sizes = {
+            "depth": count(weights, "blocks.{}.attn.mat_qkv.weight"),
+            "width": width,
+            "num_classes": weights["class_emb.weight"].shape[0] - 1,
+            "codebook_size": weights["head.weight"].shape[0],
+            "codebook_dim": dim,
+        }
+        if "layout" in weights:
+            side, cross_scale = weights["layout"].tolist()
+            shared = "pos_first" not in weights
+            sizes |= {"first_side": side, "cross_scale": bool(cross_scale), "shared_positions": shared}
+        return transformer_config(sizes)
     except KeyError as error:
         raise ValueError(f"{source} is not a FlexVAR transformer: it has no {error.args[0]}") from None
-    except (IndexError, ValueError, ZeroDivisionError) as error:
+    except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{source} is not a FlexVAR transformer: {error}") from None
 
 
@@ -153,7 +159,7 @@ def load_flexvar(path: str | Path) -> FlexVAR:
     """A transformer from a file or a run's directory, sizes as in the file."""
     weights = read_state_dict(path)
     with torch.device("meta"):
-        model = FlexVAR(flexvar_config(weights, path))
+        model = flexvar_config(weights, path).build()
     load_strictly(model, weights, path, assign=True)
     return model
 

@@ -15,6 +15,7 @@ from utils.files import digest
 from utils.weights import save_weights
 
 SIXTEEN = "--pn=1_2_3_4_5_6_8_10_13_16"
+HYBRID = ["--model=hybrid", "--vis_num_samples=2"]
 # Another value of each flag, and what both runs that are compared have in common.
 CHANGED: dict[str, tuple[str, list[str]]] = {
     "dataset": ("folder", []),
@@ -23,11 +24,14 @@ CHANGED: dict[str, tuple[str, list[str]]] = {
     "bad_image_limit": ("0.5", ["--dataset=folder", "--data_path=bad", "--on_bad_image=skip"]),
     "vae_ckpt": ("other_vae.safetensors", []),
     "init_ckpt": ("model.safetensors", []),
+    "model": ("hybrid", ["--pn=1_2_4"]),
+    "first_side": ("2", HYBRID), "hybrid_shared_positions": ("true", HYBRID),
+    "hybrid_cross_scale": ("true", [*HYBRID, "--pn=1_2_3_4", "--first_side=2"]),
     "depth": ("3", []), "width": ("128", []), "num_classes": ("12", []), "aln": ("0.1", []), "alng": ("0.5", []),
     "label_drop": ("0.9", []), "pn": ("1_4", []), "supervision": ("image", []),
     "schedule": ("flexvar", [SIXTEEN, "--bs=2", "--micro_batch=2"]),
-    "bs": ("16", []), "micro_batch": ("8", []), "ep": ("0.01", []), "steps": ("3", []), "max_steps": ("3", []), "lr": ("1e-4", []),
-    "wp": ("0.5", []), "wpe": ("0.5", ["--ep=0.02"]), "twd": ("0.9", []), "tclip": ("0.01", []),
+    "bs": ("16", []), "micro_batch": ("8", []), "ep": ("0.01", []), "max_steps": ("3", []), "lr": ("1e-4", []),
+    "steps": ("3", []), "wp": ("0.5", []), "wpe": ("0.5", ["--ep=0.02"]), "twd": ("0.9", []), "tclip": ("0.01", []),
     "precision": ("bf16", []), "ema": ("0.5", []),
     "training_mode": ("sf_full", ["--csf_weight=0.01"]),
     "sf_hybrid_from": ("1", ["--training_mode=sf_hybrid", "--csf_weight=0.01"]),

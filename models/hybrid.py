@@ -1,0 +1,220 @@
+"""The hybrid model of Sec. 3.3: masked-token prediction at the first side, scale-wise autoregression at the finer ones.
+
+Two sequences, of one class token each, run side by side through FlexVAR's blocks: [class, first side], in which every
+token sees every other, and [class, finer sides], in which a side sees the class token and itself. As neither sees the
+other, nothing of the first side reaches a finer one but through the inputs that are made of its codes.
+
+Legend: B batch, n tokens of the first side, L tokens of a schedule, V codebook rows, D codebook width, C width, s side.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.flexvar import FlexVAR, FlexVARConfig, Read, SamplingState, Task
+from models.layers import attend
+from models.sampling import Draw, guide, sample_tokens
+from models.scales import ScaleSchedule
+
+SHARE_MEAN, SHARE_DEVIATION, SHARE_LEAST = 1.0, 0.25, 0.7  # of the hidden positions: a normal cut to [least, 1]
+
+
+@dataclass(frozen=True)
+class HybridConfig(FlexVARConfig):
+    """A FlexVAR, and what the first side needs beside it."""
+
+    first_side: int = 4
+    shared_positions: bool = False  # the first side's positions from pos_1LC, instead of a map of its own
+    cross_scale: bool = False  # a finer side sees the finer sides before it, too
+
+    def build(self) -> HybridVAR:
+        return HybridVAR(self)
+
+
+class HybridVAR(FlexVAR):
+    """The transformer. Its schedules start at `first_side`."""
+
+    fills_first_side = True
+
+    def __init__(self, config: HybridConfig):
+        super().__init__(config)
+        n, std = config.first_side**2, math.sqrt(1 / config.width / 3)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, config.width))
+        nn.init.trunc_normal_(self.mask_token, std=std)
+        if not config.shared_positions:
+            self.pos_first = nn.Parameter(torch.empty(n, config.width))
+            nn.init.trunc_normal_(self.pos_first, std=std)
+        # What no other tensor's shape tells whoever loads the weights.
+        self.register_buffer("layout", torch.tensor([config.first_side, int(config.cross_scale)]))
+
+    def trim(self, schedule: ScaleSchedule) -> ScaleSchedule:
+        """The sides of a schedule from this model's first one on. Raises ValueError when that is not among them."""
+        return schedule.starting(self.config.first_side)
+
+    # ------------------------------------------------------------------------------------------ training
+
+    def task(self, tokens: Tensor, codebook_VD: Tensor, schedule: ScaleSchedule, rng: random.Random) -> Task:
+        """Hide some positions of the first side, and ask for those and for all of the finer sides.
+
+        Their share is drawn from `rng`, the same for all images; in evaluation it is 1. Which positions those are
+        differs from image to image.
+        """
+        return self.hide(tokens, codebook_VD, schedule, draw_share(rng) if self.training else 1.0)
+
+    def hide(self, tokens: Tensor, codebook_VD: Tensor, schedule: ScaleSchedule, share: float) -> Task:
+        """A share of the first side's positions, rounded up, is hidden."""
+        n, m = schedule.lengths[0], math.ceil(share * schedule.lengths[0])
+        places = torch.rand(len(tokens), n, device=tokens.device).argsort(1)[:, :m].sort(1).values  # (B, m)
+        hidden = torch.zeros(len(tokens), n, dtype=torch.bool, device=tokens.device).scatter_(1, places, True)
+        finer = torch.arange(n, schedule.total, device=tokens.device).expand(len(tokens), -1)
+        return Task(
+            lengths=(m, *schedule.lengths[1:]),
+            places=torch.cat([places, finer], dim=1),
+            arguments={"codes": F.embedding(tokens[:, :n], codebook_VD), "hidden": hidden},
+        )
+
+    def forward(
+        self,
+        labels: Tensor,
+        inputs: Tensor,
+        schedule: ScaleSchedule,
+        start: bool = True,
+        read: Read | None = None,
+        first: int = 0,
+        codes: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of all scales, or of those from number `first` on: see `FlexVAR.forward`.
+
+        Args, beside FlexVAR's:
+            codes: (B, n, D) embeddings of the first side's codes.
+            hidden: (B, n) where the mask token stands in their place; without it, everywhere.
+        """
+        assert start, "both sequences begin with a class token"
+        condition = self.class_emb(labels)  # (B, C)
+        token = self.first_scale(condition, 1, start)
+        parts, groups = [], []
+        if first == 0:
+            parts += [token, self.first_inputs(len(labels), codes, hidden)]
+            groups.append(1 + schedule.lengths[0])
+        finer = schedule.sides[1:]
+        if finer:
+            parts += [token, self.word_embed(inputs.to(self.word_embed.weight.dtype)) + self.positions(finer)]
+        attention = HybridAttention(groups, schedule.lengths[1:], self.config.cross_scale)
+        modulations = [block.ada_lin(condition) for block in self.blocks]
+        x = self.through_blocks(torch.cat(parts, dim=1), modulations, [attention] * len(self.blocks))
+        if first == 0:
+            x = torch.cat([x[:, 1 : groups[0]], x[:, groups[0] + 1 :]], dim=1)  # (B, L, C)
+        else:
+            x = x[:, 1 + schedule.offsets[first] - schedule.lengths[0] :]
+        x = self.head_nm(x, self.head_nm.ada_lin(condition))
+        return read(x, self.head) if read else self.head(x)
+
+    def first_inputs(self, batch: int, codes: Tensor | None, hidden: Tensor | None) -> Tensor:
+        """The first side's tokens (B, n, C): the mask token where hidden, else the code, and the position."""
+        n = self.config.first_side**2
+        x = self.mask_token.expand(batch, n, -1)
+        if codes is not None:
+            x = torch.where(hidden.unsqueeze(-1), x, self.word_embed(codes.to(self.word_embed.weight.dtype)))
+        return x + (self.positions((self.config.first_side,)) if self.config.shared_positions else self.pos_first)
+
+    # ------------------------------------------------------------------------------------------ sampling
+
+    def begin(self, labels: Tensor, capacity: int) -> SamplingState:
+        """As FlexVAR's; the finer sides' class token is remembered at once."""
+        state = super().begin(labels, capacity)
+        state.caches = [CachedHybridAttention(self.config.cross_scale) for _ in self.blocks]
+        self.through_blocks(self.first_scale(state.condition, 1, start=True), state.modulations, state.caches)
+        return state
+
+    def uniforms_needed(self, schedule: ScaleSchedule) -> int:
+        """One more for each position of the first side: for the order in which they are revealed."""
+        return schedule.total + schedule.lengths[0]
+
+    def fill_first_side(
+        self, state: SamplingState, codebook_VD: Tensor, draw: Draw, uniforms: Tensor, order: Tensor
+    ) -> Tensor:
+        """Codes of the first side (B, n), revealed in `draw.fill_steps` steps, in each image's own random order.
+
+        After step j of K the share 1 - ½(1 + cos(πj/K)) is revealed. Half-ramp guidance grows over the steps with j/K.
+
+        Args:
+            state: of B images, or of 2B with the unconditional half behind.
+            uniforms: (B, n) what to draw the codes with.
+            order: (B, n) numbers in whose order positions are revealed.
+        """
+        n, rank = uniforms.shape[1], order.argsort(1).argsort(1)
+        codes, revealed = torch.zeros_like(rank), 0
+        for j in range(1, draw.fill_steps + 1):
+            upto = round(n * (0.5 - 0.5 * math.cos(math.pi * j / draw.fill_steps)))
+            if upto == revealed:
+                continue
+            hidden = rank >= revealed
+            weight = draw.guidance.half_ramp(j / draw.fill_steps)
+            halves = self.first_logits(state, F.embedding(codes, codebook_VD), hidden, 2 if weight else 1)
+            logits = guide(*halves, weight) if weight else halves[0]
+            drawn = sample_tokens(logits, draw.top_k, draw.top_p, uniforms)
+            codes, revealed = torch.where(hidden & (rank < upto), drawn, codes), upto
+        return codes
+
+    def first_logits(self, state: SamplingState, codes: Tensor, hidden: Tensor, halves: int) -> Sequence[Tensor]:
+        """Logits of the first side (B, n, V) of the conditional half, or of both, from the same codes (B, n, D)."""
+        rows = halves * len(codes)
+        x = self.first_inputs(len(codes), codes, hidden).repeat(halves, 1, 1)
+        x = torch.cat([self.first_scale(state.condition[:rows], 1, start=True), x], dim=1)
+        x = self.through_blocks(x, [m[:rows] for m in state.modulations], [attend] * len(self.blocks))
+        return self.head(self.head_nm(x[:, 1:], state.head_modulation[:rows])).chunk(halves)
+
+
+class HybridAttention:
+    """Groups of tokens that see all of their own group; then a class token, and finer sides that see it and themselves.
+
+    With `cross_scale` a finer side also sees the finer ones before it.
+    """
+
+    def __init__(self, groups: Sequence[int], finer: Sequence[int], cross_scale: bool):
+        self.groups, self.finer, self.cross_scale = list(groups), [1, *finer] if finer else [], cross_scale
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        lengths, out = [*self.groups, *self.finer], []
+        q, k, v = (x.split(lengths, dim=2) for x in (q, k, v))
+        own = len(self.groups)  # number of the class token
+        for i in range(len(lengths)):
+            seen = [i] if i <= own else [*range(own, i + 1)] if self.cross_scale else [own, i]
+            out.append(attend(q[i], torch.cat([k[j] for j in seen], dim=2), torch.cat([v[j] for j in seen], dim=2)))
+        return torch.cat(out, dim=2)
+
+
+class CachedHybridAttention:
+    """The finer sides one at a time: remembers the class token, and with `cross_scale` every side."""
+
+    def __init__(self, cross_scale: bool):
+        self.cross_scale = cross_scale
+        self.k = self.v = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first = self.k is None
+        k, v = (k, v) if first else (torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2))
+        if first or self.cross_scale:
+            self.k, self.v = k, v
+        return attend(q, k, v)
+
+
+def draw_share(rng: random.Random) -> float:
+    """The share of the first side to hide: from a normal, drawn again until it lies within [0.7, 1]."""
+    while True:
+        share = rng.gauss(SHARE_MEAN, SHARE_DEVIATION)
+        if SHARE_LEAST <= share <= 1:
+            return share
+
+
+def transformer_config(sizes: dict) -> FlexVARConfig:
+    """The config whose `asdict` these sizes are."""
+    return (HybridConfig if "first_side" in sizes else FlexVARConfig)(**sizes)
