@@ -43,7 +43,7 @@ class Reconstructed:
         return len(self.source)
 
     def batch(self, indices: range) -> Tensor:
-        """Also writes PSNR and SSIM (S, 2, n) and the codes (n, sum of s²) of these images."""
+        """Also writes the quality (S, 3, n) and the codes (n, sum of s²) of these images."""
         originals = self.source.batch(indices)
         codes, made = self.at_every_side(originals)
         quality = [self.quality(images, originals) for images in made]
@@ -62,10 +62,14 @@ class Reconstructed:
 
     @staticmethod
     def quality(images: Tensor, originals: Tensor) -> Tensor:
-        """PSNR and SSIM (2, n) against the equally resized originals; SSIM is NaN where its window is too large."""
+        """PSNR and SSIM against the equally resized originals, and PSNR against the originals after enlarging (3, n).
+
+        SSIM is NaN where its window is too large.
+        """
         targets = resize_to(originals.float(), images.shape[-1])
         similar = ssim(targets, images) if images.shape[-1] >= WINDOW else torch.full((len(images),), torch.nan)
-        return torch.stack([psnr(targets, images), similar.double()])
+        enlarged = F.interpolate(images.float(), originals.shape[-2:], mode="bilinear")
+        return torch.stack([psnr(targets, images), similar.double(), psnr(originals, enlarged)])
 
 
 def sides_of(config: EvalConfig, path: str, finest: int) -> tuple[int, ...]:
@@ -94,16 +98,16 @@ def evaluate_reconstructions(config: EvalConfig, extractor: Extractor, me: Ranks
     if not me.first:
         return {}
     save_picture(reconstructed_picture(reconstructed), directory / "reconstructions.png")
-    quality = np.concatenate([read_array(p) for p in sorted(made.directory.glob("quality_*.npy"))], axis=2)  # (S, 2, N)
+    quality = np.concatenate([read_array(p) for p in sorted(made.directory.glob("quality_*.npy"))], axis=2)  # (S, 3, N)
     distances = score(made, extractor, Reference.of_store(real), config)
     renamed = {f"r{name}" if name in ("fid", "sfid") else name: value for name, value in distances.items()}
-    means = dict(zip(("psnr", "ssim"), quality.mean(2).tolist()[-1], strict=True))
+    means = dict(zip(("psnr", "ssim"), quality[-1, :2].mean(1).tolist(), strict=True))
     table = side_table(quality, sorted(made.directory.glob("codes_*.npy")), vae, sides)
     return {**renamed, **means, "sides": table, "settings": described}
 
 
 def side_table(quality: np.ndarray, files: Sequence[Path], vae: VQVAE, sides: tuple[int, ...]) -> list[dict]:
-    """A row a side, from the quality (S, 2, N) and the files of codes."""
+    """A row a side, from the quality (S, 3, N) and the files of codes."""
     schedule, rows = ScaleSchedule(sides), vae.config.codebook_size
     counts = torch.zeros(len(sides), rows, dtype=torch.long)
     for file in files:
@@ -115,6 +119,7 @@ def side_table(quality: np.ndarray, files: Sequence[Path], vae: VQVAE, sides: tu
             "pixels": s * vae.config.factor,
             "psnr": quality[i, 0].mean().item(),
             "ssim": None if np.isnan(quality[i, 1]).any() else quality[i, 1].mean().item(),
+            "psnr_enlarged": quality[i, 2].mean().item(),
             "codebook_usage": usage(counts[i]).item(),
             "perplexity": perplexity(counts[i]).item(),
         }
