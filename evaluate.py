@@ -52,7 +52,7 @@ class Generated:
             raise ValueError(f"the model knows {pipeline.model.config.num_classes} classes, not {classes}")
         self.labels = label_order(classes * config.num_samples, classes, config.seed)
         self.pipeline, self.seed = pipeline, config.seed
-        self.draw = Draw(Guidance(config.guidance, cfg), top_k, top_p)
+        self.draw = Draw(Guidance(config.guidance, cfg), top_k, top_p, fill_steps=config.fill_steps)
         sides = pipeline.schedule.sides
         if config.eval_scale and config.eval_scale not in sides:
             raise ValueError(f"--eval_scale {config.eval_scale} is none of the scales {sides}")
@@ -114,6 +114,7 @@ def evaluate_samples(
         "top_k": top_k,
         "top_p": top_p,
         "scales": list(pipeline.schedule.sides),
+        "fill_steps": config.fill_steps,
         "evaluated_side": source.side,
         "seed": config.seed,
         "precision": source.precision.name,

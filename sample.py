@@ -37,7 +37,7 @@ def draw(
     steps: Steps = {s: [] for s in pipeline.schedule.sides}
     starts = range(0, len(labels), config.batch)
     bar = tqdm(total=len(starts) * len(pipeline.schedule), unit="scale", disable=None)
-    common = {"cfg": config.cfg, "guidance": config.guidance, "top_k": config.top_k, "top_p": config.top_p}
+    common = {name: getattr(config, name) for name in ("cfg", "guidance", "top_k", "top_p", "fill_steps")}
 
     def tick(side: int, codes: torch.Tensor) -> torch.Tensor:
         bar.update()

@@ -140,7 +140,7 @@ class SARPipeline(
     ) -> dict[int, Tensor]:
         """Codes {side: (B, s²)} of n images of each class. Image i is drawn from seed + i.
 
-        options: cfg 2.5, guidance "ramp", top_k 900, top_p 0.95.
+        options: cfg 2.5, guidance "ramp", top_k 900, top_p 0.95, and for a hybrid model fill_steps 8.
         """
         labels = self.labels(classes, n)
         seeds = range(seed, seed + len(labels))
@@ -179,9 +179,11 @@ class SARPipeline(
         return self.inpaint(to_pil(canvas)[0], to_pil_image(mask[0]), classes, **options)
 
 
-def drawing(cfg: float = 2.5, guidance: str = "ramp", top_k: int = 900, top_p: float = 0.95) -> Draw:
+def drawing(
+    cfg: float = 2.5, guidance: str = "ramp", top_k: int = 900, top_p: float = 0.95, fill_steps: int = 8
+) -> Draw:
     """The defaults of a pipeline."""
-    return Draw(Guidance(guidance, cfg), top_k, top_p)
+    return Draw(Guidance(guidance, cfg), top_k, top_p, fill_steps=fill_steps)
 
 
 def from_pil(image: Image.Image, side: int) -> Tensor:

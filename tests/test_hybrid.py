@@ -247,6 +247,7 @@ def test_two_ranks_train_as_one(flags, tmp_path):
     [
         (["--schedule=flexvar", "--pn=4_8_16"], "--model hybrid goes with --schedule fixed"),
         (["--ssr=last"], "csfl with --ssr all"),
+        (["--parallel=fsdp"], "--parallel ddp only"),
         (["--training_mode=sf_full", "--csf_weight=0.01"], "csfl with --ssr all"),
         (["--first_side=3"], r"the first side 3 is none of the scales \(1, 2, 4\)"),
     ],

@@ -28,20 +28,17 @@ def test_it_stays_in_evaluation_mode():
     distance(IMAGES[:, :, :16, :16], IMAGES[:, :, :16, :16])  # the smallest it takes
 
 
-@pytest.fixture
-def vgg():
-    """torchvision's own VGG-16, with random weights."""
+def test_lpips_takes_torchvisions_weights_from_a_file(tmp_path, monkeypatch):
+    """Equal to the package's own network whose layers were replaced by hand; what does not fit is named."""
+    import lpips
     from torchvision.models import vgg16
 
-    torch.manual_seed(0)
-    return vgg16(weights=None)
-
-
-def test_lpips_takes_torchvisions_weights_from_a_file(vgg, tmp_path):
-    """Equal to the package's own network whose layers were replaced by hand."""
-    import lpips
-
-    torch.save(vgg.state_dict(), tmp_path / "vgg.pth")
+    monkeypatch.setattr(torch.nn.init, "kaiming_normal_", lambda x, **options: x.data.normal_(0, 0.03))
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda x, *options: x)  # of the classifier, which nobody reads
+    layers = vgg16(weights=None).features
+    state = {f"features.{name}": x for name, x in layers.state_dict().items()}
+    torch.save(state, tmp_path / "vgg.pth")
+    torch.save({"features.0.weight": state["features.0.weight"]}, tmp_path / "half.pth")
     with torch.no_grad():
         found = make_perceptual("lpips", str(tmp_path / "vgg.pth"))(IMAGES, IMAGES.flip(0))
         with warnings.catch_warnings():
@@ -49,16 +46,14 @@ def test_lpips_takes_torchvisions_weights_from_a_file(vgg, tmp_path):
             own = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
         for name, layer in own.net.named_modules():
             if isinstance(layer, torch.nn.Conv2d):
-                layer.load_state_dict(vgg.features[int(name.rpartition(".")[2])].state_dict())
+                layer.load_state_dict(layers[int(name.rpartition(".")[2])].state_dict())
         assert found.item() == pytest.approx(own(IMAGES, IMAGES.flip(0)).mean().item(), rel=1e-5)
         assert found > 0
-
-
-def test_lpips_says_what_is_wrong_with_its_weights(vgg, tmp_path, monkeypatch):
-    torch.save({"features.0.weight": vgg.features[0].weight}, tmp_path / "half.pth")
     with pytest.raises(ValueError, match=r"half.pth does not fit this model:\n  missing: slice1.0.bias"):
         make_perceptual("lpips", str(tmp_path / "half.pth"))
 
+
+def test_lpips_says_where_its_weights_can_come_from(monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no route")
 

@@ -242,6 +242,8 @@ class TrainConfig:
         )
         if self.model.model == "hybrid" and not simple:
             raise ValueError("--model hybrid goes with --training_mode teacher_forcing, or csfl with --ssr all")
+        if self.model.model == "hybrid" and self.speed.parallel != "ddp":
+            raise ValueError("--model hybrid goes with --parallel ddp only")
         if self.speed.parallel == "fsdp" and self.optim.precision == "fp16":
             raise ValueError("--parallel fsdp does not go with --precision fp16: use bf16 or fp32")
 

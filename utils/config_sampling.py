@@ -21,12 +21,13 @@ class DrawConfig:
     guidance: Literal["ramp", "constant", "none"] = "ramp"  # how guidance grows over the scales
     top_k: int = 900  # top-k; 0: off, 1: greedy
     top_p: float = 0.95  # top-p; 0: off
+    fill_steps: int = 8  # hybrid models: steps in which the first side is filled
     pn: str = ""  # scales, like 1_2_3_4; empty: those that CKPT brings along, or the default ten
     seed: int = 0  # of every image (and, in evaluation, of the class order)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
 
     def __post_init__(self):
-        at_least(self, cfg=0, top_k=0, top_p=0, seed=0)
+        at_least(self, cfg=0, top_k=0, top_p=0, fill_steps=1, seed=0)
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,11 @@ class LPIPS(Perceptual):
         except ImportError:
             raise ValueError("--perceptual lpips needs the package lpips: pip install lpips") from None
         super().__init__()
+        hint = "give --perceptual_weights PATH, or use --perceptual efficientnet_lite0, which needs no download"
+        state = read_tensors(Path(weights)) if weights else fetch(VGG_URL, "VGG", hint)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it asks torchvision for a model by a spelling of old
             self.net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-        hint = "give --perceptual_weights PATH, or use --perceptual efficientnet_lite0, which needs no download"
-        state = read_tensors(Path(weights)) if weights else fetch(VGG_URL, "VGG", hint)
         # The package cuts VGG's layers into slices, and keeps their numbers: slice2.5 is features.5.
         names = {name: f"features.{name.partition('.')[2]}" for name in self.net.net.state_dict()}
         found = {name: state[old] for name, old in names.items() if old in state}
