@@ -179,8 +179,8 @@ class FlexVAR(nn.Module):
         Returns: (B, L, V), or what `read` returns; of the scales from number `first` on.
         """
         condition = self.class_emb(labels)  # (B, C)
-        first = self.first_scale(condition, schedule.lengths[0], start)
-        x = torch.cat([first, self.word_embed(inputs.to(self.word_embed.weight.dtype))], dim=1)  # (B, L, C)
+        begin = self.first_scale(condition, schedule.lengths[0], start)
+        x = torch.cat([begin, self.word_embed(inputs.to(self.word_embed.weight.dtype))], dim=1)  # (B, L, C)
         x = x + self.positions(schedule.sides)
         attention = ScaleCausalAttention(schedule, x.device)
         modulations = [block.ada_lin(condition) for block in self.blocks]

@@ -122,9 +122,9 @@ def test_both_second_passes_equal_the_released_ones(ssr, reference, expected, sc
     trainer = reference("--rollout=argmax", f"--ssr={ssr}", "--csf_weight=0.25")
     seen, network = {}, trainer.network
 
-    def spy(labels, inputs, sides, start, read):
+    def spy(labels, inputs, sides, start, read, first):
         seen["inputs"], seen["logits"] = inputs, network(labels, inputs, sides, start)
-        return network(labels, inputs, sides, start, read)
+        return network(labels, inputs, sides, start, read, first)
 
     trainer.network = spy
     with torch.no_grad():
