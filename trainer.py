@@ -172,7 +172,8 @@ class Trainer(Loop):
         kernel = kernel_for(self.ranks.device, self.precision.dtype)
         speed = self.config.speed
         parts = [
-            f"{self.config.sar.training_mode}: FlexVAR-d{self.model.config.depth}, {parameters / 1e6:.1f} M parameters",
+            f"{self.config.sar.training_mode}: {type(self.model).__name__}-d{self.model.config.depth}, "
+            f"{parameters / 1e6:.1f} M parameters",
             f"attention by {kernel[0] if kernel else 'PyTorch'}",
             f"codes from {speed.code_cache}" if speed.code_cache else "images encoded on the fly",
             *(["blocks compiled"] if speed.compile else []),

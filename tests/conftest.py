@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -149,21 +152,19 @@ def torchrun(processes: int, *command: str | Path, **env: str) -> subprocess.Com
     return run(*launcher, *command, **env)
 
 
-@pytest.fixture
-def tool(monkeypatch, capsys):
-    """Runs a command line's `main` here: (status, stdout, stderr)."""
-
-    def call(main: Callable[[], None], *arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
-        status = 0
+def tool(main: Callable[[], None], *arguments: str | Path, check: bool = False) -> tuple[int, str, str]:
+    """Runs a command line's `main` here, without a new process: status, stdout, stderr."""
+    out, err, status, threads = io.StringIO(), io.StringIO(), 0, torch.get_num_threads()
+    with patch.object(sys, "argv", ["tool", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
         try:
             main()
         except SystemExit as end:  # a message is what Python would print, with status 1
-            status = end.code if isinstance(end.code, int) else 1
-            print("" if isinstance(end.code, int) else end.code, file=sys.stderr)
-        return status, *capsys.readouterr()
-
-    return call
+            status = end.code or 0 if isinstance(end.code, int | None) else 1
+            print("" if isinstance(end.code, int | None) else end.code, file=err)
+        finally:
+            torch.set_num_threads(threads)
+    assert not check or status == 0, out.getvalue() + err.getvalue()
+    return status, out.getvalue(), err.getvalue()
 
 
 def worst(found: Tensor, wanted: Tensor) -> float:

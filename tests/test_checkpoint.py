@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from models import FlexVAR
-from tests.conftest import ALONE, config_of, fill
+from tests.conftest import ALONE, config_of, fill, tool
 from train import build
 from utils.checkpoint import (
     EMA,
@@ -202,7 +202,7 @@ def test_no_entry_executes_a_pickle_in_a_checkpoint(flags, write, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_list_verify_and_export(model, write, tool, tmp_path):
+def test_list_verify_and_export(model, write, tmp_path):
     write(1, 2, kept=(1,), ema=fill(FlexVAR(model.config), 5))
     listed = tool(main, "list", tmp_path)[1].splitlines()
     assert [("whole" in line, "kept" in line) for line in listed] == [(True, True), (True, False)]

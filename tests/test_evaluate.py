@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluate import label_order
-from tests.conftest import ROOT, run, torchrun
+from evaluate import label_order, main
+from tests.conftest import ROOT, run, tool, torchrun
 from utils.config_sampling import EvalConfig
 from utils.evaluations.c2i.images import FolderImages, NpzImages, Resized, open_images, write_npz
 from utils.flags import parse
@@ -23,6 +23,11 @@ METRICS |= {f"inception_style_score_{NAME}"}
 def flags(saved, real, out, *more):
     return ["evaluate.py", "--ckpt", saved, f"--features={NAME}", "--reference", real, "--num_samples=2", "--batch=3",
             "--out_dir", out, *more]  # fmt: skip
+
+
+def judge(_, *more, check=True):
+    """`evaluate.py FLAGS`, in this process: status and stderr."""
+    return tool(main, *more, check=check)[::2]
 
 
 def report_of(out):
@@ -62,8 +67,8 @@ def test_saved_samples_are_the_judged_ones(alone, real, tmp_path):
         assert np.array_equal(images[i], np.asarray(Image.open(alone / f"png/{i:06d}.png")))
     for source in (alone / "samples.npz", alone / "png"):
         out = tmp_path / source.name
-        judge = ["evaluate.py", f"--features={NAME}", "--samples", source, "--reference", real, "--out_dir", out]
-        run(sys.executable, *judge, "--batch=7")
+        command = ["evaluate.py", f"--features={NAME}", "--samples", source, "--reference", real]
+        judge(*command, "--out_dir", out, "--batch=7")
         assert numbers(report_of(out)) == pytest.approx(numbers(report_of(alone)), rel=1e-5, abs=1e-6)
 
 
@@ -73,8 +78,10 @@ def test_ranks_do_not_change_the_numbers(alone, saved, real, tmp_path):
 
 
 def test_killed_midway_it_finishes_the_rest_only(alone, saved, real, tmp_path):
-    command = [sys.executable, *(str(f) for f in flags(saved, real, tmp_path))]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [str(f) for f in flags(saved, real, tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     features = tmp_path / "features"
     while process.poll() is None and len(list(features.glob("[0-9]*.safetensors"))) < 3:
         time.sleep(0.02)
@@ -82,13 +89,13 @@ def test_killed_midway_it_finishes_the_rest_only(alone, saved, real, tmp_path):
     process.wait()
     done = {p.name: p.stat().st_mtime_ns for p in features.glob("[0-9]*.safetensors")}
     assert 3 <= len(done) < 7
-    run(*command)
+    judge(*command)
     assert len(list(features.glob("[0-9]*.safetensors"))) == 7
     assert all((features / name).stat().st_mtime_ns == when for name, when in done.items())
     assert numbers(report_of(tmp_path)) == pytest.approx(numbers(report_of(alone)), rel=1e-6, abs=1e-9)
-    again = run(*command, "--cfg=3", check=False)
-    assert again.returncode == 1
-    assert "other settings (cfg)" in again.stderr
+    status, said = judge(*command, "--cfg=3", check=False)
+    assert status == 1
+    assert "other settings (cfg)" in said
 
 
 def test_every_class_exactly_its_count():
@@ -101,19 +108,19 @@ def test_every_class_exactly_its_count():
 
 def test_reference_statistics_are_made_and_used(alone, saved, real, tmp_path):
     made = tmp_path / "reference.npz"
-    judge = ["evaluate.py", f"--features={NAME}", "--out_dir", tmp_path / "a"]
-    run(sys.executable, *judge, "--samples", real, "--make_reference", made)
+    command = ["evaluate.py", f"--features={NAME}", "--out_dir", tmp_path / "a"]
+    judge(*command, "--samples", real, "--make_reference", made)
     assert {"mu", "sigma", "mu_s", "sigma_s", "pool"} <= set(np.load(made).files)
-    run(sys.executable, *flags(saved, made, tmp_path / "b"))
+    judge(*flags(saved, made, tmp_path / "b"))
     assert numbers(report_of(tmp_path / "b")) == pytest.approx(numbers(report_of(alone)), rel=1e-5, abs=1e-6)
-    run(sys.executable, *judge[:-1], tmp_path / "c", "--samples", real, "--reference", made)
+    judge(*command[:-1], tmp_path / "c", "--samples", real, "--reference", made)
     same = report_of(tmp_path / "c")
     assert abs(same[f"frechet_distance_{NAME}"]) < 1e-6
     assert same[f"precision_{NAME}"] == same[f"recall_{NAME}"] == 1
 
 
 def test_sweep_and_intermediate_scale(saved, real, tmp_path):
-    run(sys.executable, *flags(saved, real, tmp_path, "--sweep_cfg=1,3", "--eval_scale=2", "--num_classes_eval=5"))
+    judge(*flags(saved, real, tmp_path, "--sweep_cfg=1,3", "--eval_scale=2", "--num_classes_eval=5"))
     rows = json.loads((tmp_path / "sweep.json").read_text())
     assert [row["settings"]["cfg"] for row in rows] == [1, 3]
     assert {row["settings"]["evaluated_side"] for row in rows} == {2}
@@ -125,8 +132,8 @@ def test_sweep_and_intermediate_scale(saved, real, tmp_path):
 
 def test_tokenizer_report(vae, real, tmp_path):
     torch.save({"model": vae.state_dict()}, tmp_path / "vae.pth")
-    judge = ["evaluate.py", f"--features={NAME}", "--vae_ckpt", tmp_path / "vae.pth", "--out_dir", tmp_path / "o"]
-    run(sys.executable, *judge, "--reconstruct", real)
+    command = ["evaluate.py", f"--features={NAME}", "--vae_ckpt", tmp_path / "vae.pth", "--out_dir", tmp_path / "o"]
+    judge(*command, "--reconstruct", real)
     report = report_of(tmp_path / "o")
     assert 3 < report["psnr"] < 30
     assert -1 < report["ssim"] < 1
@@ -149,13 +156,13 @@ def test_tokenizer_report(vae, real, tmp_path):
 
 def test_other_samples_under_the_same_name_are_not_taken_for_the_old_ones(real, tmp_path):
     rng = np.random.default_rng(1)
-    judge = ["evaluate.py", f"--features={NAME}", "--samples", tmp_path / "s.npz", "--reference", real]
+    command = ["evaluate.py", f"--features={NAME}", "--samples", tmp_path / "s.npz", "--reference", real]
     np.savez(tmp_path / "s.npz", arr_0=rng.integers(0, 255, (6, 16, 16, 3), dtype=np.uint8))
-    run(sys.executable, *judge, "--out_dir", tmp_path / "o")
+    judge(*command, "--out_dir", tmp_path / "o")
     np.savez(tmp_path / "s.npz", arr_0=rng.integers(0, 255, (6, 16, 16, 3), dtype=np.uint8))
-    done = run(sys.executable, *judge, "--out_dir", tmp_path / "o", check=False)
-    assert done.returncode == 1
-    assert "other settings (images_sha256)" in done.stderr
+    status, said = judge(*command, "--out_dir", tmp_path / "o", check=False)
+    assert status == 1
+    assert "other settings (images_sha256)" in said
 
 
 def bad_files(folder):
@@ -204,10 +211,10 @@ def test_bad_requests_are_one_line_before_any_sampling(more, message, saved, rea
     command = flags(saved, real, tmp_path / "out")
     if any(flag.startswith("--samples") for flag in more):
         command = ["evaluate.py", f"--features={NAME}", "--out_dir", tmp_path / "out"]
-    done = run(sys.executable, *command, *(flag.replace("few", str(tmp_path / "few")) for flag in more), check=False)
-    assert done.returncode == 1
-    assert message in done.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    more = [flag.replace("few", str(tmp_path / "few")) for flag in more]
+    status, said = judge(*command, *more, check=False)
+    assert status == 1
+    assert message in said.strip().splitlines()[-1]
     assert not (tmp_path / "out/features").exists()
 
 

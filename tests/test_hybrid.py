@@ -13,7 +13,7 @@ from models.hybrid import HybridConfig, HybridVAR, draw_share
 from models.pipeline import SARPipeline, open_pipeline
 from models.sampling import Draw, sample_codes
 from models.scales import shift_all
-from tests.conftest import ALONE, config_of, fill, torchrun
+from tests.conftest import ALONE, config_of, fill, tool, torchrun
 from tests.test_trainer import assert_same, lines_of, weights_of
 from train import build
 from utils.files import read_json
@@ -216,7 +216,7 @@ def test_weights_and_pipelines_know_what_they_are(vae, tmp_path):
         assert torch.equal(drawn[0], drawn[2])
 
 
-def test_a_run_resumes_and_is_evaluated_at_its_first_side(flags, real, tool, tmp_path):
+def test_a_run_resumes_and_is_evaluated_at_its_first_side(flags, real, tmp_path):
     """SAR on the hybrid: two steps, one more after a resume; FID@2 decodes the first side's codes."""
     more = [*flags, "--model=hybrid", "--first_side=2", "--save_every_steps=2", "--sf_top_k=0"]
     trainer = build(config_of(more, "--max_steps=2"), ALONE)
@@ -228,8 +228,7 @@ def test_a_run_resumes_and_is_evaluated_at_its_first_side(flags, real, tool, tmp
     assert not any(name.startswith("train/student_loss_side/2") for name in lines[-1])
     judge = ["--ckpt", tmp_path / "run", "--features=efficientnet_lite0", "--num_samples=1", "--eval_scale=2"]
     judge += ["--reference", real, "--image_size=16", "--out_dir", tmp_path / "judged", "--num_classes_eval=8"]
-    status, _, said = tool(evaluate, *judge)
-    assert status == 0, said
+    tool(evaluate, *judge, check=True)
     report = read_json(tmp_path / "judged/report.json")
     assert report["settings"]["evaluated_side"] == 2
     assert report["frechet_distance_efficientnet_lite0"] > 0

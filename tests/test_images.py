@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import ALONE, config_of, run
+from tests.conftest import ALONE, config_of, run, tool
 from train import build
 from utils.config import DataConfig
 from utils.data import main, make_loader, open_dataset
@@ -150,7 +150,7 @@ def test_a_run_that_skips_trains(flags, tmp_path):
     assert "005_text.jpg" in (tmp_path / "run/bad_images_train.txt").read_text()
 
 
-def test_scanning_a_data_set(tool, tmp_path):
+def test_scanning_a_data_set(tmp_path):
     data = folder(tmp_path / "data", bad=["truncated.jpg", "bomb.png"])
     (tmp_path / "data/train/a/notes.txt").write_text("x")
     status, out, _ = tool(main, "check", data)

@@ -12,6 +12,7 @@ from tests.conftest import ROOT, run
 from utils.checkpoint import newest_checkpoint
 from utils.config import TrainConfig
 from utils.config_sampling import EvalConfig
+from utils.config_tokenizer import TokenizerTrainConfig
 from utils.flags import parse
 from utils.weights import load_flexvar, load_tokenizer, save_weights
 
@@ -54,6 +55,23 @@ def test_each_script_is_the_recipe_of_its_depth(script, spy):
             assert config.sar == defaults.sar
     else:
         assert config.sar.training_mode == "teacher_forcing"
+
+
+def test_tokenizer_scripts_are_what_they_say(spy):
+    """ImageNet's: the released sizes, which are the defaults. The small one: 32 pixels, factor 4, 512 codes."""
+    found = {}
+    for script in ("train_tokenizer.sh", "train_tokenizer_small.sh"):
+        run("bash", f"scripts/{script}", "--data_path", "x y", PYTHON=str(spy), NPROC="1")
+        _, check, train = calls_of(spy)[-3:]
+        assert check == [*train, "--check"]
+        assert train[0] == "train_tokenizer.py"
+        found[script] = parse(TokenizerTrainConfig, train[1:])
+    large, small = found.values()
+    assert large.model == TokenizerTrainConfig().model
+    assert (large.loss.perceptual, large.loss.disc_weight, large.loss.commitment) == ("lpips", 0.5, 0.25)
+    assert 2 ** (len(small.model.width_mult) - 1) * small.model.scales.sides[-1] == small.model.image_size == 32
+    assert small.model.codebook_size == 512
+    assert small.loss.perceptual == "none"  # needs no download
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "scripts").glob("eval_*_d*.sh")))

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from models.scales import draw_schedule
 from sar_trainer import SARTrainer
-from tests.conftest import ALONE, config_of, fill, run, torchrun
-from train import build
+from tests.conftest import ALONE, config_of, fill, run, tool, torchrun
+from train import build, main
 from trainer import Trainer
 from utils.checkpoint import newest_checkpoint
 from utils.data import CodeBatch, encode_batch, open_dataset
@@ -140,9 +140,9 @@ def test_resume_is_exact(flags, tmp_path):
 
 
 def test_a_changed_setting_is_shown_on_resume(flags):
-    run(sys.executable, "train.py", *flags, "--max_steps=1")
-    done = run(sys.executable, "train.py", *flags, "--max_steps=2", "--lr=0.5")
-    shown = [line for line in done.stderr.splitlines() if line.startswith("resumed with another setting")]
+    tool(main, *flags, "--max_steps=1", check=True)
+    _, _, said = tool(main, *flags, "--max_steps=2", "--lr=0.5", check=True)
+    shown = [line for line in said.splitlines() if line.startswith("resumed with another setting")]
     assert shown == [f"resumed with another setting: --{c}" for c in ("max_steps 1 → 2", "lr 0.01 → 0.5")]
 
 

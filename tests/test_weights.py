@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models import FlexVAR, FlexVARConfig, SARPipeline, build_vae_var
+from models import VQVAE, FlexVAR, FlexVARConfig, SARPipeline, VQVAEConfig, build_vae_var
 from models.pipeline import open_pipeline
-from tests.conftest import ALONE, config_of
+from tests.conftest import ALONE, config_of, fill
 from train import build
 from utils.weights import load_flexvar, load_strictly, load_tokenizer
 
@@ -39,6 +39,18 @@ def test_every_container_gives_the_same_tokenizer(vae, tmp_path):
         assert not loaded.training
         assert not any(p.requires_grad for p in loaded.parameters())
         assert torch.equal(loaded.codebook, vae.codebook)
+
+
+def test_a_tokenizer_of_other_sizes_loads_as_it_is(tmp_path):
+    """LlamaGen's container and codebook; the code cache holds codes as 16 bits."""
+    config = VQVAEConfig(32, (1, 1), res_blocks=1, z_channels=32, codebook_size=16384, codebook_dim=8)
+    other = fill(VQVAE(config), 7)
+    torch.save({"model": other.state_dict(), "optimizer": {}, "steps": 3}, tmp_path / "vq.pt")
+    loaded = load_tokenizer(tmp_path / "vq.pt")
+    assert loaded.config == config
+    latent = torch.randn(2, 8, 4, 4)
+    assert torch.equal(loaded.codes(latent, 3), other.codes(latent, 3))
+    assert loaded.codes(torch.randn(8, 8, 16, 16), 16).max() > 8912
 
 
 def broken(weights, how):

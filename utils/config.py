@@ -55,7 +55,7 @@ class ModelConfig:
     schedule: Literal["flexvar", "fixed"] = "flexvar"  # flexvar: draw the sides anew each step; fixed: --pn
 
     def __post_init__(self):
-        at_least(self, depth=1, width=0, num_classes=0, label_drop=0)
+        at_least(self, depth=1, width=0, num_classes=0, label_drop=0, first_side=1)
         only_with(self, bool(self.init_ckpt), "--init_ckpt", ["reset_class_embedding"])
         hybrid = self.model == "hybrid"
         only_with(self, hybrid, "--model hybrid", ["first_side", "hybrid_shared_positions", "hybrid_cross_scale"])
