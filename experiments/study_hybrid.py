@@ -33,11 +33,7 @@ from utils.optim import derive_seed
 from utils.pictures import read_metrics
 from utils.weights import load_flexvar, load_tokenizer
 
-VARIANTS = {
-    "FlexVAR": [],
-    "hybrid": HYBRID,
-    "hybrid, finer sides see each other": [*HYBRID, "--hybrid_cross_scale=true"],
-}
+VARIANTS = {"FlexVAR": [], "hybrid": HYBRID}
 COLUMNS = {
     "first_distance": (f"Fréchet distance at side {HYBRID_SIDE}", 2),
     "first_accuracy": (f"class accuracy at side {HYBRID_SIDE}", 3),

@@ -68,7 +68,8 @@ class HeldOut:
         """Tokens (B, L) of the model's own autoregressive walk, without guidance; top-k 1 is greedy."""
         pipeline = self.pipeline
         schedule, codebook = pipeline.schedule, pipeline.vae.codebook
-        uniforms = image_uniforms(range(seed, seed + len(self.labels)), schedule.total, self.labels.device)
+        needed = pipeline.model.uniforms_needed(schedule)
+        uniforms = image_uniforms(range(seed, seed + len(self.labels)), needed, self.labels.device)
         with evaluating(pipeline.model):
             scales = walk(pipeline.model, codebook, self.labels, schedule, Draw(top_k=top_k, max_pn=None), uniforms)
             return torch.cat([codes for _, codes in scales], dim=1)
