@@ -36,9 +36,8 @@ def build_model(config: TrainConfig, vae: VQVAE, data_classes: int) -> FlexVAR:
     reset = wanted.reset_class_embedding and weights is not None
     classes = wanted.num_classes or (0 if reset else saved_classes) or data_classes
     if data_classes > classes:
-        raise ValueError(
-            f"the data has {data_classes} classes, the model only {classes}: --reset_class_embedding gives it new ones"
-        )
+        hint = ": --reset_class_embedding gives it new ones" if saved_classes == classes and weights else ""
+        raise ValueError(f"the data has {data_classes} classes, the model only {classes}{hint}")
     if data_classes < classes:
         warnings.warn(f"the data's {data_classes} classes take the ids 0…{data_classes - 1} of {classes}", stacklevel=2)
     torch.manual_seed(derive_seed("init", config.run.seed))

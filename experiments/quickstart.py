@@ -177,8 +177,10 @@ def draw_curves(runs: dict[str, Path], first: int, out: Path) -> None:
 def write_report(report: dict, out: Path) -> None:
     """report.json and report.md."""
     write_json(out / "report.json", report)
+    kind = "hybrid model" if report["model"] == "hybrid" else "FlexVAR"
     lines = ["# Quickstart on digits", "", "| | class accuracy | Fréchet distance |", "|---|---|---|"]
     for name, title in ROWS.items():
+        title = title.replace("FlexVAR", kind)
         lines.append(f"| {title} | {report[name]['class_accuracy']:.3f} | {report[name]['frechet_distance']:.2f} |")
     lines += ["", "| stage | seconds | steps | held-out loss |", "|---|---|---|---|"]
     for name, seconds in report["seconds"].items():
@@ -194,7 +196,7 @@ def write_report(report: dict, out: Path) -> None:
         "The tokenizer's loss is its mean squared error at the finest scale; the others' is the teacher-forced "
         "cross-entropy in nats per token. One seed: differences of a few points are noise.",
         "",
-        "![FlexVAR on the left, SAR on the right](samples.png)",
+        f"![{kind} on the left, SAR on the right](samples.png)",
         "",
         "![losses](curves.png)",
         "",
@@ -233,6 +235,7 @@ def main() -> None:
     report = {
         **evaluate(runs, out),
         "held_out_loss": {name: read_metrics(run, "val/loss")[1][-1] for name, run in runs.items()},
+        "model": args.model,
         "steps": steps,
         "seconds": seconds,
     }

@@ -17,6 +17,7 @@ import torch
 from experiments.quickstart import FLEXVAR, FURTHER, PER_CLASS, Judge, run_stage, sample
 from utils.files import write_json
 from utils.pictures import read_metrics
+from utils.tables import markdown
 from utils.visualize import HeldOut, exposure
 from utils.weights import load_tokenizer
 
@@ -57,12 +58,13 @@ def spread(values: list[float], digits: int) -> str:
 def write_table(found: dict[str, list[dict]], columns: dict[str, tuple[str, int]], out: Path) -> None:
     """study.json: the rows of every seed; table.md: a line a variant, with its columns' titles and digits."""
     write_json(out / "study.json", found)
-    lines = ["| | " + " | ".join(title for title, _ in columns.values()) + " |", "|---|" + "---|" * len(columns)]
-    for name, rows in found.items():
-        cells = [spread([row[c] for row in rows], d) if c in rows[0] else "" for c, (_, d) in columns.items()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    lines = [
+        [name, *(spread([row[c] for row in rows], d) if c in rows[0] else "" for c, (_, d) in columns.items())]
+        for name, rows in found.items()
+    ]
+    table = markdown(["", *(title for title, _ in columns.values())], lines)
+    (out / "table.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ class Discriminator(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(images)
+        return self.net(images).float()
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.flexvar import FlexVAR
-from models.sampling import Draw, Edit, evaluating, generate
+from models.sampling import Draw, Edit, evaluating, sample_codes
 from models.scales import ScaleSchedule
 from models.vqvae import VQVAE
 
@@ -62,8 +62,8 @@ def inpaint(
     device = model.pos_start.device
     images, masks = images.to(device), masks.to(device)
     edit = hold_known(vae, images, masks, schedule)
-    how = draw.guidance, draw.top_k, draw.top_p
-    painted = generate(model, vae, labels, schedule, *how, seeds, max_pn=draw.max_pn, edit=edit)
+    codes = sample_codes(model, vae.codebook, labels, schedule, draw, seeds, edit)
+    painted = vae.decode(codes[schedule.sides[-1]], schedule.sides[-1])
     return torch.where(masks > 0.5, painted.clamp(-1, 1), images)
 
 

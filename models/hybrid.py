@@ -143,7 +143,8 @@ class HybridVAR(FlexVAR):
     ) -> Tensor:
         """Codes of the first side (B, n), revealed in `draw.fill_steps` steps, in each image's own random order.
 
-        After step j of K the share 1 - ½(1 + cos(πj/K)) is revealed. Half-ramp guidance grows over the steps with j/K.
+        After step j of K the share 1 - ½(1 + cos(πj/K)) is revealed. Guidance is a half-ramp over the steps, with j/K,
+        whatever it is at the finer sides; as everywhere, that is none up to a scale of 1.
 
         Args:
             state: of B images, or of 2B with the unconditional half behind.

@@ -54,7 +54,7 @@ class Guidance:
         return self.scale - 1 if self.kind == "constant" else 0.0
 
     def half_ramp(self, progress: float) -> float:
-        """w of half-ramp guidance at this scale, whatever the kind."""
+        """w of half-ramp guidance of this scale, whatever the kind; 0 where there is no guidance."""
         return self.scale * 0.5 * (1 + progress) if self.scale > 1 and self.kind != "none" else 0.0
 
     def weights(self, sides: Sequence[int], max_pn: int | None = None) -> list[float]:
@@ -198,7 +198,7 @@ def sample_codes(
     check_labels(labels, model.config.num_classes)
     if len(seeds) != len(labels):
         raise ValueError(f"each image needs a seed of its own: {len(labels)} labels, {len(seeds)} seeds")
-    device = model.pos_start.device
+    device, schedule = model.pos_start.device, model.trim(schedule)
     uniforms = image_uniforms(seeds, model.uniforms_needed(schedule), device)
     with evaluating(model):
         return dict(walk(model, codebook_VD, labels.to(device), schedule, draw, uniforms, edit))

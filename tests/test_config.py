@@ -7,7 +7,7 @@ import pytest
 from models.scales import DEFAULT_SCHEDULE
 from tests.conftest import ROOT
 from utils import config as config_module
-from utils import config_sampling
+from utils import config_sampling, config_tokenizer
 from utils.config import TrainConfig
 from utils.config_sampling import EvalConfig, SampleConfig
 from utils.config_tokenizer import TokenizerTrainConfig
@@ -133,6 +133,6 @@ def test_every_field_is_read_by_something():
 
 
 def test_configs_are_frozen():
-    for name, thing in (vars(config_module) | vars(config_sampling)).items():
+    for name, thing in (vars(config_module) | vars(config_sampling) | vars(config_tokenizer)).items():
         if dataclasses.is_dataclass(thing) and isinstance(thing, type):
             assert thing.__dataclass_params__.frozen, name

@@ -1,3 +1,4 @@
+import argparse
 import random
 import re
 from itertools import pairwise
@@ -17,7 +18,8 @@ from tests.conftest import ALONE, config_of, fill, tool, torchrun
 from tests.test_trainer import assert_same, lines_of, weights_of
 from train import build
 from utils.files import read_json
-from utils.weights import load_flexvar, save_weights
+from utils.visualize import HeldOut
+from utils.weights import load_flexvar, load_strictly, read_state_dict, save_weights
 
 SCHEDULE = ScaleSchedule((2, 3, 4))
 TF = "--training_mode=teacher_forcing"
@@ -125,9 +127,19 @@ def test_loss_by_the_obvious_formula(flags, tmp_path):
         assert metrics["loss_side/2"].item() == pytest.approx(each[:, :4][hidden].mean().item(), rel=1e-5)
 
 
-def test_held_out_everything_is_hidden(model, batch):
-    _, tokens, codebook = batch
-    assert model.eval().task(tokens, codebook, SCHEDULE, random.Random(0)).arguments["hidden"].all()
+def test_held_out_everything_is_hidden(batch):
+    """In training a share of the positions, which the step decides and all images have in common."""
+    model, (labels, _, codebook) = hybrid(), batch
+    schedule, model.config = ScaleSchedule((8, 9)), HybridConfig(first_side=8)
+    tokens = torch.zeros(len(labels), schedule.total, dtype=torch.long)
+
+    def hidden(seed):
+        return model.task(tokens, codebook, schedule, random.Random(seed)).lengths[0]
+
+    assert {hidden(seed) for seed in range(12)} == {64}
+    model.train()
+    assert len({hidden(seed) for seed in range(12)}) > 6
+    assert hidden(3) == hidden(3)
 
 
 def test_second_pass_runs_the_finer_sides_only(model, batch):
@@ -198,6 +210,9 @@ def test_guidance_is_a_half_ramp_over_the_steps(batch, monkeypatch):
 
 
 def test_weights_and_pipelines_know_what_they_are(vae, tmp_path):
+    torch.save(fill(hybrid(cross_scale=True), 4).state_dict(), tmp_path / "cross.pth")
+    with pytest.raises(ValueError, match="another layout: layout"):
+        load_strictly(hybrid(), read_state_dict(tmp_path / "cross.pth"), "cross.pth")
     for options in ({}, {"shared_positions": True, "cross_scale": True}):
         sizes = {"depth": 2, "width": 64, "num_classes": 5, "codebook_size": 128, "codebook_dim": 32, "first_side": 2}
         model = fill(HybridConfig(**sizes, **options).build(), 4)
@@ -217,11 +232,16 @@ def test_weights_and_pipelines_know_what_they_are(vae, tmp_path):
 
 
 def test_a_run_resumes_and_is_evaluated_at_its_first_side(flags, real, tmp_path):
-    """SAR on the hybrid: two steps, one more after a resume; FID@2 decodes the first side's codes."""
+    """SAR on the hybrid: two steps and one more are three, to the bit; FID@2 decodes the first side's codes."""
     more = [*flags, "--model=hybrid", "--first_side=2", "--save_every_steps=2", "--sf_top_k=0"]
     trainer = build(config_of(more, "--max_steps=2"), ALONE)
     trainer.fit()
     build(config_of(more), ALONE).fit()
+    build(config_of(more, f"--out_dir={tmp_path / 'whole'}"), ALONE).fit()
+    assert_same(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"))
+    wanted = argparse.Namespace(vae_ckpt="", pn="", dataset="digits", data_path="", n=3)
+    data = HeldOut.of(str(tmp_path / "run"), wanted)
+    assert data.rolled_out(seed=0).shape == data.tokens.shape == (3, 4 + 16)
     lines = [line for line in lines_of(tmp_path / "run") if "train/loss" in line]
     assert lines[-1]["step"] == 3
     assert {"train/loss_tf", "train/loss_csf", "train/loss_side/2", "train/student_loss_side/4"} <= set(lines[-1])
@@ -248,6 +268,7 @@ def test_two_ranks_train_as_one(flags, tmp_path):
         (["--ssr=last"], "csfl with --ssr all"),
         (["--parallel=fsdp"], "--parallel ddp only"),
         (["--training_mode=sf_full", "--csf_weight=0.01"], "csfl with --ssr all"),
+        (["--first_side=4"], "needs finer sides than --first_side 4"),
         (["--first_side=3"], r"the first side 3 is none of the scales \(1, 2, 4\)"),
     ],
 )

@@ -1,13 +1,15 @@
 import pytest
 import torch
 
-from models import FlexVAR, FlexVARConfig
+from models.hybrid import transformer_config
 from utils.config import OptimConfig
 from utils.optim import Precision, derive_seed, learning_rate, make_optimizer
 
 
-def test_weight_decay_reaches_matrices_only():
-    model = FlexVAR(FlexVARConfig(depth=2, width=64, num_classes=3, codebook_size=8))
+@pytest.mark.parametrize("first", [{}, {"first_side": 2}])
+def test_weight_decay_reaches_matrices_only(first):
+    sizes = {"depth": 2, "width": 64, "num_classes": 3, "codebook_size": 8}
+    model = transformer_config(sizes | first).build()
     decay, plain = make_optimizer([model], OptimConfig(twd=0.05)).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert decay["weight_decay"] == 0.05
@@ -17,6 +19,7 @@ def test_weight_decay_reaches_matrices_only():
     assert decayed == {n for n in names.values() if n.endswith(".weight")}
     kept = {names[id(p)] for p in plain["params"]}
     assert {"pos_start", "pos_1LC", "blocks.0.attn.scale_mul_1H11", "blocks.0.attn.q_bias", "head.bias"} <= kept
+    assert bool(first) == ({"pos_first", "mask_token"} <= kept)
     assert decayed | kept == set(names.values())
 
 

@@ -172,8 +172,15 @@ def test_wrong_sizes_are_named(flags, message, tmp_path):
 def test_a_discriminator_cannot_come_or_go_on_the_way(tmp_path):
     flags = ["--max_steps=1", f"--out_dir={tmp_path}", "--vis_num_samples=0", "--eval_images=0"]
     build(config_of(*flags), ALONE).fit()
+    more = ["--disc_weight=1", "--disc_width=16", "--disc_layers=1"]
     with pytest.raises(ValueError, match=r"discriminator none → 16 wide, 1 layers"):
-        build(config_of(*flags, "--disc_weight=1", "--disc_width=16", "--disc_layers=1"), ALONE)
+        build(config_of(*flags, *more), ALONE)
+    with pytest.raises(ValueError, match=r"lacks discriminator.safetensors, unlike this run"):
+        build(config_of(*flags, *more, "--allow_change=true"), ALONE)
+    flags[1] += "2"
+    build(config_of(*flags, *more), ALONE).fit()
+    with pytest.raises(ValueError, match=r"has discriminator.safetensors, unlike this run"):
+        build(config_of(*flags, "--allow_change=true"), ALONE)
 
 
 def test_the_check_looks_at_files_and_networks(tmp_path):

@@ -61,6 +61,8 @@ class ModelConfig:
         only_with(self, hybrid, "--model hybrid", ["first_side", "hybrid_shared_positions", "hybrid_cross_scale"])
         if hybrid and self.schedule != "fixed":
             raise ValueError("--model hybrid goes with --schedule fixed only")
+        if hybrid and len(self.scales) < 2:
+            raise ValueError(f"--model hybrid needs finer sides than --first_side {self.first_side} in --pn {self.pn}")
         sides = self.scales.sides
         if self.schedule == "flexvar" and sides[-1] != 16:
             raise ValueError(f"--schedule flexvar draws sides up to 16, --pn ends at {sides[-1]}: use --schedule fixed")
@@ -92,7 +94,11 @@ class OptimConfig:
 
     def __post_init__(self):
         at_least(self, bs=1, micro_batch=0, steps=0, max_steps=0, lr=0, wp=0, wpe=0, twd=0, tclip=0, ema=0)
-        only_with(self, not self.steps, "epochs to count in: leave --steps out", ["ep"])
+        if self.steps and self.ep != type(self).ep:
+            raise ValueError(
+                f"--steps {self.steps} and --ep {self.ep:g} are two lengths of one run: give --steps 0 to count in "
+                f"epochs, or --ep {type(self).ep:g}, the default, to count in steps"
+            )
         if self.ep <= 0:
             raise ValueError(f"--ep must be positive, got {self.ep}")
         if self.ema >= 1 or self.wp >= 1:
@@ -271,6 +277,7 @@ def check_changes(old: dict, new: dict, directory: Path, allowed: bool) -> list[
 
 
 def changes(old: dict, new: dict) -> dict[str, str]:
-    """Name → "--flag old → new" of what differs between two configs (groups of names)."""
-    pairs = [(name, old.get(g, {}).get(name), value) for g, flags in new.items() for name, value in flags.items()]
-    return {name: f"--{name} {before} → {after}" for name, before, after in pairs if before != after}
+    """Name → "--flag old → new" of what differs between two configs (groups of names). What the old one does not know
+    came later, and is no change."""
+    pairs = [(n, old[g][n], value) for g in new.keys() & old.keys() for n, value in new[g].items() if n in old[g]]
+    return {name: f"--{name} {before} → {after}" for name, before, after in sorted(pairs) if before != after}

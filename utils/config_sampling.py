@@ -95,7 +95,7 @@ class EvalConfig(DrawConfig):
             raise ValueError("--samples and --reconstruct exclude each other")
         only_with(self, bool(self.samples), "--samples", ["expect", "make_reference"])
         only_with(self, self.features == "inception", "--features inception", ["inception_weights"])
-        sampling = ["num_samples", "num_classes_eval", "cfg", "top_k", "top_p", "use_ema", "sweep_cfg"]
+        sampling = ["num_samples", "num_classes_eval", "cfg", "top_k", "top_p", "use_ema", "sweep_cfg", "fill_steps"]
         sampling += ["sweep_top_k", "sweep_top_p", "eval_scale", "save_npz", "save_png"]
         only_with(self, not modes, f"sampling: leave --{modes[0] if modes else 'samples'} out", sampling)
 

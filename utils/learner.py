@@ -29,7 +29,7 @@ from utils.optim import (
     make_optimizer,
     restore_optimizer,
 )
-from utils.weights import load_strictly
+from utils.weights import load_strictly, some
 
 Config = TrainConfig | TokenizerTrainConfig
 Metrics = dict[str, Tensor]
@@ -86,7 +86,8 @@ class Learner(ABC):
         yields, and class ids (B,)."""
 
     def updated(self, skip: Tensor) -> None:  # noqa: B027
-        """What else happens at the end of a step. `skip` is 1.0 where the step changed no weight."""
+        """What else happens at the end of a step. `skip` is 1.0 where a loss or gradient was not finite, so that no
+        weight changed (in fp16, where gradients may overflow: where a loss was not)."""
 
     def facts(self) -> dict[str, object]:
         """What, beside its flags, a run depends on and cannot change."""
@@ -163,9 +164,11 @@ class Learner(ABC):
         self.compare(read_manifest(path))
         state, weights = read_checkpoint(path)
         weights.setdefault(EMA, weights[MODEL])  # a moving average can begin on the way
+        lost, new = weights.keys() - self.saved.keys() - {EMA}, self.saved.keys() - weights.keys()
+        if lost or new:
+            names = f"has {some(sorted(lost))}" if lost else f"lacks {some(sorted(new))}"
+            raise ValueError(f"{path} {names}, unlike this run: use another --out_dir, and --init_ckpt for its weights")
         for name, module in self.saved.items():
-            if name not in weights:
-                raise ValueError(f"{path} holds no {name}: use another --out_dir, and --init_ckpt for its weights")
             load_strictly(module, weights[name], path)
         restore_optimizer(self.optimizer, state.optimizer)
         if state.scaler:  # empty unless the run was in fp16

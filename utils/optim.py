@@ -13,7 +13,7 @@ from torch import nn
 from utils.config import OptimConfig
 from utils.distributed import local, shared_like, whole
 
-NO_DECAY = ("pos_1LC", "pos_start", "scale_mul_1H11")
+NO_DECAY = ("pos_1LC", "pos_start", "scale_mul_1H11", "pos_first", "mask_token")
 HOLD = 0.05  # of the run at the peak before the learning rate falls
 
 

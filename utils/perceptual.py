@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.evaluations.c2i.features import EfficientNetLite0, fetch
+from utils.evaluations.c2i.features import efficientnet_lite0, fetch
 from utils.files import read_tensors
 from utils.weights import load_strictly
 
@@ -67,7 +67,7 @@ class EfficientNetDistance(Perceptual):
 
     def __init__(self):
         super().__init__()
-        self.net = EfficientNetLite0().net
+        self.net = efficientnet_lite0()
         self.eval().requires_grad_(False)
 
     def features(self, images: Tensor) -> list[Tensor]:

@@ -137,8 +137,10 @@ def large_enough(images: list[Tensor], judge: Discriminator) -> list[Tensor]:
 
 def entropy_term(z: Tensor, rows: Tensor) -> Tensor:
     """Mean entropy of the vectors' (N, D) soft choices among the rows (V, D), less the entropy of the mean choice."""
-    choice = (2 / TEMPERATURE * z @ rows.T).softmax(-1)  # the squared distances of unit vectors are 2 - 2·z·row
-    return torch.special.entr(choice).sum(-1).mean() - torch.special.entr(choice.mean(0)).sum()
+    with torch.autocast(z.device.type, enabled=False):  # half precision would round the choice away
+        # The squared distance of two unit vectors is 2 - 2·z·row.
+        choice = (2 / TEMPERATURE * z.float() @ rows.float().T).softmax(-1)
+        return torch.special.entr(choice).sum(-1).mean() - torch.special.entr(choice.mean(0)).sum()
 
 
 def resize_to(images: Tensor, side: int) -> Tensor:

@@ -22,6 +22,7 @@ from models.scales import shift_all, shift_up
 from utils.config import DataConfig
 from utils.data import encode_batch, open_dataset
 from utils.pictures import captioned_grid, coarse_to_fine, plot_curves, read_metrics
+from utils.tables import markdown
 
 PAPER_FID = {
     "FlexVAR-d16": 3.05,
@@ -232,11 +233,6 @@ def exposure(data: HeldOut, seed: int) -> tuple[Tensor, Tensor]:
         return F.cross_entropy(data.logits(fed).flatten(0, 1), data.tokens.flatten(), reduction="none")
 
     return nll(data.tokens).view_as(data.tokens), nll(data.rolled_out(seed)).view_as(data.tokens)
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 FIGURES = {

@@ -23,6 +23,8 @@ StateDict = dict[str, Tensor]
 
 # Buffers of released transformer files that depend on the schedule a file was saved with: not part of the model.
 KNOWN = {"attn_bias_for_masking"}
+# Buffers that say what a model is, where no shape does: see models/hybrid.py.
+LAYOUTS = {"layout"}
 
 
 def find_weights(path: str | Path, name: str = MODEL) -> Path:
@@ -75,6 +77,7 @@ def load_strictly(module: nn.Module, weights: StateDict, source: str | Path, ass
         "missing": [name for name in own if name not in weights],
         "unexpected": [name for name in weights if name not in own],
         "another shape": shapes,
+        "another layout": [name for name in LAYOUTS & own.keys() & weights.keys() if differs(own[name], weights[name])],
         "not finite": [name for name, x in weights.items() if x.is_floating_point() and not x.isfinite().all()],
     }
     if any(kinds.values()):
@@ -84,6 +87,11 @@ def load_strictly(module: nn.Module, weights: StateDict, source: str | Path, ass
         weights = {name: t.float() if t.is_floating_point() else t for name, t in weights.items()}
     weights = {name: shared_like(tensor, own[name]) for name, tensor in weights.items()}
     module.load_state_dict(weights, assign=assign)
+
+
+def differs(own: Tensor, other: Tensor) -> bool:
+    """Whether a buffer has another value; one without values, of a model about to take the file's, has not."""
+    return not own.is_meta and not torch.equal(own.cpu(), other.cpu())
 
 
 def some(names: list[str], limit: int = 5) -> str:

@@ -15,7 +15,7 @@ from utils.files import digest
 from utils.weights import save_weights
 
 SIXTEEN = "--pn=1_2_3_4_5_6_8_10_13_16"
-HYBRID = ["--model=hybrid", "--vis_num_samples=2"]
+HYBRID = ["--model=hybrid", "--first_side=2", "--vis_num_samples=2"]
 # Another value of each flag, and what both runs that are compared have in common.
 CHANGED: dict[str, tuple[str, list[str]]] = {
     "dataset": ("folder", []),
@@ -24,9 +24,8 @@ CHANGED: dict[str, tuple[str, list[str]]] = {
     "bad_image_limit": ("0.5", ["--dataset=folder", "--data_path=bad", "--on_bad_image=skip"]),
     "vae_ckpt": ("other_vae.safetensors", []),
     "init_ckpt": ("model.safetensors", []),
-    "model": ("hybrid", ["--pn=1_2_4"]),
-    "first_side": ("2", HYBRID), "hybrid_shared_positions": ("true", HYBRID),
-    "hybrid_cross_scale": ("true", [*HYBRID, "--pn=1_2_3_4", "--first_side=2"]),
+    "first_side": ("3", [*HYBRID, "--pn=1_2_3_4"]), "hybrid_shared_positions": ("true", HYBRID),
+    "hybrid_cross_scale": ("true", [*HYBRID, "--pn=1_2_3_4"]),
     "depth": ("3", []), "width": ("128", []), "num_classes": ("12", []), "aln": ("0.1", []), "alng": ("0.5", []),
     "label_drop": ("0.9", []), "pn": ("1_4", []), "supervision": ("image", []),
     "schedule": ("flexvar", [SIXTEEN, "--bs=2", "--micro_batch=2"]),
@@ -55,6 +54,7 @@ ELSEWHERE = {
     "check": "tests/test_scripts.py",
     "allow_change": "below",
     "reset_class_embedding": "tests/test_trainer.py",
+    "model": "tests/test_hybrid.py",
     "on_nonfinite": "tests/test_finite.py",
     "max_skipped": "tests/test_finite.py",
     "timeout_minutes": "tests/faults/test_signals.py",

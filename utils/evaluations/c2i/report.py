@@ -10,6 +10,7 @@ from utils.evaluations.c2i.metrics import Statistics, frechet_distance, inceptio
 from utils.evaluations.c2i.reference import Reference
 from utils.evaluations.c2i.store import FeatureStore
 from utils.files import write_json
+from utils.tables import markdown
 
 # What a number is called depends on the features: only Inception's are what the field calls FID and IS.
 NAMES = {"frechet": "fid", "spatial": "sfid", "score": "inception_score", "precision": "precision", "recall": "recall"}
@@ -53,7 +54,7 @@ def write_report(report: dict, directory: Path) -> None:
     if report.get("sides"):
         lines += [
             "",
-            *markdown(report["sides"]),
+            dashed(report["sides"]),
             "",
             "![originals, and from the finest side down](reconstructions.png)",
         ]
@@ -67,11 +68,10 @@ def write_report(report: dict, directory: Path) -> None:
     print(text)
 
 
-def markdown(rows: list[dict]) -> list[str]:
+def dashed(rows: list[dict]) -> str:
     """A table of rows of equal keys; a dash for None."""
-    header = list(rows[0])
-    lines = ["| " + " | ".join(name.replace("_", " ") for name in header) + " |", "|" + "---|" * len(header)]
-    return lines + ["| " + " | ".join(show(value) for value in row.values()) + " |" for row in rows]
+    header = [name.replace("_", " ") for name in rows[0]]
+    return markdown(header, [[show(value) for value in row.values()] for row in rows])
 
 
 def show(value: float | None) -> str:
@@ -86,10 +86,10 @@ def write_sweep(rows: list[dict], directory: Path) -> None:
 
     metrics = [name for name, value in rows[0].items() if isinstance(value, int | float)]
     header = ["cfg", "top_k", "top_p", *metrics]
-    lines = markdown([{name: {**row["settings"], **row}.get(name) for name in header} for row in rows])
+    table = dashed([{name: {**row["settings"], **row}.get(name) for name in header} for row in rows])
     write_json(directory / "sweep.json", rows)
-    (directory / "sweep.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    (directory / "sweep.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
     distance = next((n for n in metrics if n == "fid" or n.startswith("frechet")), None)
     if distance is None:
         return
