@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--tokenizer_steps", type=int, default=300)
     parser.add_argument("--flexvar_steps", type=int, default=450)
     parser.add_argument("--further_steps", type=int, default=150)
+    parser.add_argument("--processes", type=int, default=0, help="of each training run; 0: one a GPU, or two")
     parser.add_argument("--model", choices=["flexvar", "hybrid"], default="flexvar")
     args = parser.parse_args()
     out, first, more = args.out, args.flexvar_steps, args.further_steps
@@ -225,12 +226,12 @@ def main() -> None:
         "sar": ("train.py", [*further, *SAR]),
     }
     for name, (entry, flags) in stages.items():
-        runs[name], seconds[name] = run_stage(name, entry, flags, steps[name], out)
+        runs[name], seconds[name] = run_stage(name, entry, flags, steps[name], out, args.processes)
         if name == "tokenizer":
             codes = [vae_ckpt, f"--out={out / 'codes'}", f"--image_size={SIZE}", f"--seed={SEED}"]
             # FlexVAR's 17 epochs see each crop about twice.
             codes += [f"--crops={min(8, math.ceil(first * 48 / 1300))}", "--shard_images=128", "--batch=128"]
-            seconds["codes"] = launch(["-m", "utils.code_cache", *DATA, *codes])
+            seconds["codes"] = launch(["-m", "utils.code_cache", *DATA, *codes], args.processes)
     began = time.perf_counter()
     report = {
         **evaluate(runs, out),

@@ -85,14 +85,31 @@ WRONG = [
     (["--timeout_minutes=0"], "--timeout_minutes"),
     (["--save_every_minutes=-1"], "--save_every_minutes"),
     (["--keep=0"], "--keep"),
+    (["--steps=5", "--ep=3"], "--steps 5 and --ep 3 are two lengths"),
+    (["--model=hybrid"], "--model hybrid goes with --schedule fixed"),
+    (["--first_side=2"], "--first_side has no effect without --model hybrid"),
+    (["--reset_class_embedding=true"], "--reset_class_embedding has no effect without --init_ckpt"),
     *[([flag, "1"], flag) for flag in RETIRED],
+]
+WRONG_FOR_TOKENIZERS = [
+    (["--perceptual=vgg"], "--perceptual"),
+    (["--perceptual_weights=x"], "--perceptual_weights has no effect without --perceptual lpips"),
+    (["--disc_start=5"], "--disc_start has no effect without --disc_weight"),
+    (["--disc_weight=1", "--disc_width=20"], "--disc_width must be a multiple of 16"),
+    (["--disc_weight=1", "--precision=fp16"], "--disc_weight does not go with --precision fp16"),
+    (["--l2=0"], "--l1 and --l2 are both 0"),
+    (["--usage_every=0"], "--usage_every"),
+    (["--depth=3"], "--depth"),
 ]
 
 
-@pytest.mark.parametrize(("flags", "named"), WRONG)
-def test_a_wrong_flag_exits_with_2_and_is_named(flags, named, capsys):
+@pytest.mark.parametrize(
+    ("kind", "flags", "named"),
+    [(TrainConfig, *wrong) for wrong in WRONG] + [(TokenizerTrainConfig, *wrong) for wrong in WRONG_FOR_TOKENIZERS],
+)
+def test_a_wrong_flag_exits_with_2_and_is_named(kind, flags, named, capsys):
     with pytest.raises(SystemExit) as exit_:
-        parse(TrainConfig, flags)
+        parse(kind, flags)
     assert exit_.value.code == 2
     assert named in capsys.readouterr().err
 

@@ -279,5 +279,6 @@ def check_changes(old: dict, new: dict, directory: Path, allowed: bool) -> list[
 def changes(old: dict, new: dict) -> dict[str, str]:
     """Name → "--flag old → new" of what differs between two configs (groups of names). What the old one does not know
     came later, and is no change."""
-    pairs = [(n, old[g][n], value) for g in new.keys() & old.keys() for n, value in new[g].items() if n in old[g]]
-    return {name: f"--{name} {before} → {after}" for name, before, after in sorted(pairs) if before != after}
+    known = [(old[g], flags) for g, flags in new.items() if g in old]
+    pairs = [(name, before[name], value) for before, flags in known for name, value in flags.items() if name in before]
+    return {name: f"--{name} {before} → {after}" for name, before, after in pairs if before != after}
