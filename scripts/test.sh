@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, format and tests; sets itself up on a bare machine. Arguments go to pytest: bash scripts/test.sh -k sampling
-# bash scripts/test.sh --faults: all injected faults instead, half an hour (see docs/reliability.md).
+# bash scripts/test.sh --faults: all injected faults instead, a quarter of an hour (see docs/reliability.md).
 set -euo pipefail
 bash "$(dirname "$0")/setup.sh"
 source "$(dirname "$0")/lib.sh"
