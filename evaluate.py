@@ -114,7 +114,7 @@ def evaluate_samples(
         "top_k": top_k,
         "top_p": top_p,
         "scales": list(pipeline.schedule.sides),
-        "fill_steps": config.fill_steps,
+        **({"fill_steps": config.fill_steps} if pipeline.model.fills_first_side else {}),
         "evaluated_side": source.side,
         "seed": config.seed,
         "precision": source.precision.name,
