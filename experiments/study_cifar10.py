@@ -69,7 +69,7 @@ SIZES = {
     ),
     "cpu": Size(
         (*SMALL_TOKENIZER, "--bs=32", "--steps=1200", "--usage_every=50"), 2, ("--depth=4", "--width=128", "--bs=64"),
-        ("--lr=2e-3", "--wp=0.05", "--wpe=0.1", "--steps=2400"), 200, 3e-4, 200, 50, 2000,
+        ("--lr=2e-3", "--wp=0.05", "--wpe=0.1", "--steps=2400"), 200, 3e-4, 200, 20, 2000,
     ),
     "gpu": Size(
         (*SMALL_TOKENIZER, "--bs=128", "--steps=12000"), 2, ("--depth=8", "--width=512", "--bs=256"),
