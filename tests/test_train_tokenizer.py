@@ -85,6 +85,20 @@ def test_a_resumed_run_with_a_discriminator_is_identical(tmp_path):
     assert read_metrics(tmp_path / "run", name)[1] == read_metrics(tmp_path / "whole", name)[1]
 
 
+def test_every_loss_runs_in_half_precision(tmp_path):
+    """A step of all terms changes weights (one that is not finite would be dropped), and its parts are near fp32's."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        flags = [*EVERYTHING, "--entropy=0.1", "--disc_start=0", "--max_steps=1", f"--precision={precision}"]
+        trainer = build(config_of(*flags, f"--out_dir={tmp_path / precision}"), ALONE)
+        before = trainer.model.encoder.conv_in.weight.clone()
+        trainer.train_step(iter(trainer.loader()))
+        assert not torch.equal(before, trainer.model.encoder.conv_in.weight)
+        found[precision] = {name: total for name, (total, _) in trainer.meter.state().items()}
+    for name in ("l2", "codebook", "perceptual", "entropy", "loss_disc"):
+        assert found["bf16"][name] == pytest.approx(found["fp32"][name], rel=0.1), name
+
+
 def test_the_discriminator_waits_for_its_start(tmp_path):
     trainer = build(config_of(*EVERYTHING, f"--out_dir={tmp_path}"), ALONE)
     fresh = copy.deepcopy(trainer.others["discriminator"].state_dict())

@@ -138,9 +138,13 @@ def large_enough(images: list[Tensor], judge: Discriminator) -> list[Tensor]:
 def entropy_term(z: Tensor, rows: Tensor) -> Tensor:
     """Mean entropy of the vectors' (N, D) soft choices among the rows (V, D), less the entropy of the mean choice."""
     with torch.autocast(z.device.type, enabled=False):  # half precision would round the choice away
-        # The squared distance of two unit vectors is 2 - 2·z·row.
-        choice = (2 / TEMPERATURE * z.float() @ rows.float().T).softmax(-1)
-        return torch.special.entr(choice).sum(-1).mean() - torch.special.entr(choice.mean(0)).sum()
+        # The squared distance of two unit vectors is 2 - 2·z·row. These logarithms are finite where a choice is out of
+        # reach; the gradient of entr() is not.
+        log_choice = (2 / TEMPERATURE * z.float() @ rows.float().T).log_softmax(-1)
+        choice = log_choice.exp()
+        mean = choice.mean(0)
+        each, all_ = choice * log_choice, mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
+        return all_.sum() - each.sum(-1).mean()
 
 
 def resize_to(images: Tensor, side: int) -> Tensor:
