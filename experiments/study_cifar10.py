@@ -25,6 +25,8 @@ from sklearn.linear_model import LogisticRegression
 from evaluate import label_order
 from evaluate import run as evaluate
 from experiments.quickstart import launch
+from experiments.study_digits import table_of
+from models.vqvae import to_bytes
 from utils.config import DataConfig
 from utils.config_sampling import EvalConfig
 from utils.data import open_dataset
@@ -34,7 +36,6 @@ from utils.evaluations.c2i.images import write_npz
 from utils.files import read_json, read_tensor, save_array, save_tensors, write_json
 from utils.flags import parse
 from utils.pictures import plot_curves, read_metrics
-from utils.tables import markdown
 from utils.visualize import HeldOut, exposure
 
 PN, SIDE, CLASSES = "1_2_3_4_6_8", 32, 10
@@ -162,8 +163,7 @@ class Study:
             views = open_dataset(self.data, SIDE, 0, "val")
             n = min(self.size.real, len(views))
             images = torch.stack([views[0, i * len(views) // n][0] for i in range(n)])
-            array = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-            save_array(self.out / "real.npy", array)
+            save_array(self.out / "real.npy", to_bytes(images).permute(0, 2, 3, 1).numpy())
             write_npz([self.out / "real.npy"], path)
             (self.out / "real.npy").unlink()
         made = self.out / "reference.npz"
@@ -199,9 +199,8 @@ class Study:
             n = min(self.size.real, len(views))
             pairs = [views[0, i * len(views) // n] for i in range(n)]
             extractor = make_extractor(FEATURES, "", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-            bytes_ = ((torch.stack([p[0] for p in pairs]) + 1) * 127.5).round().to(torch.uint8)
-            device = next(extractor.parameters()).device
-            pool = torch.cat([extractor(part.to(device)).pool for part in bytes_.split(50)])
+            images, device = to_bytes(torch.stack([p[0] for p in pairs])), next(extractor.parameters()).device
+            pool = torch.cat([extractor(part.to(device)).pool for part in images.split(50)])
             save_tensors(path, {"pool": pool, "labels": torch.tensor([p[1] for p in pairs])})
         pool, labels = read_tensor(path, "pool").numpy(), read_tensor(path, "labels").numpy()
         return LogisticRegression(C=0.01, max_iter=500).fit(pool, labels)
@@ -219,7 +218,8 @@ class Study:
         names = {"distance": "frechet_distance", "precision": "precision", "recall": "recall"}
         names |= {"score": "inception_style_score"}
         found = {key: report[f"{name}_{FEATURES}"] for key, name in names.items()}
-        data = HeldOut.of(str(run), argparse.Namespace(vae_ckpt="", pn="", n=500, **vars_of(self.data)))
+        where = {"dataset": self.data.dataset, "data_path": self.data.data_path}
+        data = HeldOut.of(str(run), argparse.Namespace(vae_ckpt="", pn="", n=500, **where))
         forced, own = exposure(data, seed=0)
         entropy = torch.special.entr(data.logits(data.tokens).softmax(-1)).sum(-1)  # (B, L)
         schedule = data.pipeline.schedule
@@ -252,10 +252,11 @@ class Study:
         for name, rows in self.rows():
             found[name] = rows
             write_json(self.out / "study.json", found)
-            write_table(found, self.out / "report.md")
+            table = table_of(found, COLUMNS, standard_error)
+            (self.out / "report.md").write_text(table + "\n", encoding="utf-8")
         curves = {name: read_metrics(self.run(name, self.seeds[0]), "val/loss") for name in self.variants}
         plot_curves({"further steps": curves}, ("step", "held-out NLL"), self.out / "curves.png")
-        print((self.out / "report.md").read_text(encoding="utf-8"))
+        print(table)
 
     def status(self) -> None:
         """What is done."""
@@ -271,23 +272,10 @@ class Study:
             print(f"{name:>40}  seed {seed}: step {step} of {self.steps(name)} {judged}")
 
 
-def vars_of(data: DataConfig) -> dict[str, str]:
-    return {"dataset": data.dataset, "data_path": data.data_path}
-
-
-def write_table(found: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Mean ± standard error over the seeds, a line a variant."""
-
-    def cell(values: list[float], digits: int) -> str:
-        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-        return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
-
-    lines = [
-        [name, *(cell([row[column] for row in rows], digits) for column, (_, digits) in COLUMNS.items())]
-        for name, rows in found.items()
-    ]
-    table = markdown(["", *(title for title, _ in COLUMNS.values())], lines)
-    path.write_text(table + "\n", encoding="utf-8")
+def standard_error(values: list[float], digits: int) -> str:
+    """Mean ± standard error over the seeds."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,6 +46,9 @@ COLUMNS = {
 }
 
 
+Cell = Callable[[list[float], int], str]  # the values of all seeds and the digits → what stands in the table
+
+
 def slug(text: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in text.lower())
 
@@ -55,14 +59,19 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
-def write_table(found: dict[str, list[dict]], columns: dict[str, tuple[str, int]], out: Path) -> None:
-    """study.json: the rows of every seed; table.md: a line a variant, with its columns' titles and digits."""
-    write_json(out / "study.json", found)
+def table_of(found: dict[str, list[dict]], columns: dict[str, tuple[str, int]], cell: Cell = spread) -> str:
+    """A line a variant, from the rows of its seeds; columns have titles and digits."""
     lines = [
-        [name, *(spread([row[c] for row in rows], d) if c in rows[0] else "" for c, (_, d) in columns.items())]
+        [name, *(cell([row[c] for row in rows], d) if c in rows[0] else "" for c, (_, d) in columns.items())]
         for name, rows in found.items()
     ]
-    table = markdown(["", *(title for title, _ in columns.values())], lines)
+    return markdown(["", *(title for title, _ in columns.values())], lines)
+
+
+def write_table(found: dict[str, list[dict]], columns: dict[str, tuple[str, int]], out: Path) -> None:
+    """study.json: the rows of every seed; table.md."""
+    write_json(out / "study.json", found)
+    table = table_of(found, columns)
     (out / "table.md").write_text(table + "\n", encoding="utf-8")
     print(table)
 

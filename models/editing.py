@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.flexvar import FlexVAR
-from models.sampling import Draw, Edit, evaluating, sample_codes
+from models.sampling import Draw, Edit, draw_images, evaluating
 from models.scales import ScaleSchedule
 from models.vqvae import VQVAE
 
@@ -62,8 +62,7 @@ def inpaint(
     device = model.pos_start.device
     images, masks = images.to(device), masks.to(device)
     edit = hold_known(vae, images, masks, schedule)
-    codes = sample_codes(model, vae.codebook, labels, schedule, draw, seeds, edit)
-    painted = vae.decode(codes[schedule.sides[-1]], schedule.sides[-1])
+    painted = draw_images(model, vae, labels, schedule, draw, seeds, edit)
     return torch.where(masks > 0.5, painted.clamp(-1, 1), images)
 
 

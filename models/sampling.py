@@ -204,7 +204,6 @@ def sample_codes(
         return dict(walk(model, codebook_VD, labels.to(device), schedule, draw, uniforms, edit))
 
 
-@torch.no_grad()
 def generate(
     model: FlexVAR,
     vae: VQVAE,
@@ -228,7 +227,20 @@ def generate(
 
     Returns: (B, 3, factor·s_N, factor·s_N), in [-1, 1] but not clamped.
     """
-    draw = Draw(guidance, top_k, top_p, max_pn)
+    return draw_images(model, vae, labels, schedule, Draw(guidance, top_k, top_p, max_pn), seeds, edit)
+
+
+@torch.no_grad()
+def draw_images(
+    model: FlexVAR,
+    vae: VQVAE,
+    labels: Tensor,
+    schedule: ScaleSchedule,
+    draw: Draw,
+    seeds: Sequence[int],
+    edit: Edit | None = None,
+) -> Tensor:
+    """`generate`, with all that a `Draw` can say."""
     codes = sample_codes(model, vae.codebook, labels, schedule, draw, seeds, edit)
     with evaluating(vae):
         return vae.decode(codes[schedule.sides[-1]], schedule.sides[-1])

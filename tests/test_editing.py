@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from PIL import Image
@@ -26,6 +28,8 @@ def test_the_known_region_is_unchanged_and_the_rest_is_painted(vae, model, half,
     painted = paint(model, vae, images, masks, [1, 2], schedule)
     assert torch.equal(painted[..., :32], images[..., :32])
     assert (painted[..., 32:] - images[..., 32:]).abs().mean() > 0.05
+    trained = copy.deepcopy(vae).requires_grad_()  # no graph, whatever the tokenizer's weights want
+    assert not paint(model, trained, images, masks, [1, 2], schedule).requires_grad
     again = paint(model, vae, images, masks, [1, 2], schedule, seeds=(5, 6))
     assert not torch.equal(again, painted)
     assert painted.abs().max() <= 1
