@@ -222,6 +222,7 @@ def build(flags: CacheFlags, me: Ranks) -> Path:
         "sides": list(range(1, config.image_size // vae.config.factor + 1)),
         "image_size": config.image_size,
         "dataset": flags.data.dataset,
+        "augment": flags.data.augment,
         "seed": config.seed,
         "crops": config.crops,
         "shard_images": config.shard_images,
@@ -229,7 +230,7 @@ def build(flags: CacheFlags, me: Ranks) -> Path:
         "images_sha256": {split_of(v): fingerprint(v) for v in views},
     }
     record = out / "settings.json"
-    if record.is_file() and read_json(record) != settings:
+    if record.is_file() and {"augment": "crop", **read_json(record)} != settings:  # older caches do not name it
         raise ValueError(f"{out} holds a cache of other settings (see {record}): use another --out")
     me.wait()  # every rank has compared before the first one writes
     if me.first:

@@ -18,6 +18,9 @@ class DataConfig:
     """folder: images in DATA_PATH/train/<class>/*, and val/ beside it; digits: scikit-learn's handwritten digits;
     cifar10: torchvision's, in DATA_PATH."""
     data_path: str = ""  # where the data set lies
+    augment: Literal["crop", "flip"] = "crop"
+    """how a folder's training images vary: ADM's random crop and a flip, or a flip alone (for small images, which the
+    crop would enlarge)"""
     workers: int = 8  # loader processes a rank
     on_bad_image: Literal["stop", "skip"] = "stop"
     """a file that is no usable image: stop and name it, or take the next good one and list it in a file"""
@@ -25,7 +28,7 @@ class DataConfig:
 
     def __post_init__(self):
         at_least(self, workers=0, bad_image_limit=0)
-        only_with(self, self.dataset == "folder", "--dataset folder", ["on_bad_image"])
+        only_with(self, self.dataset == "folder", "--dataset folder", ["on_bad_image", "augment"])
         only_with(self, self.on_bad_image == "skip", "--on_bad_image skip", ["bad_image_limit"])
         only_with(self, self.dataset != "digits", "a data set on disk", ["data_path"])
 
@@ -256,7 +259,8 @@ class TrainConfig:
 
 # What a run cannot change on the way: the model, and which images come at which step.
 FIXED = {
-    *("dataset", "bs", "seed", "training_mode", "model", "first_side", "hybrid_shared_positions", "hybrid_cross_scale"),
+    *("dataset", "augment", "bs", "seed", "training_mode"),
+    *("model", "first_side", "hybrid_shared_positions", "hybrid_cross_scale"),
     *("depth", "width", "num_classes", "pn", "schedule", "supervision"),
     *("image_size", "base_width", "width_mult", "res_blocks", "z_channels", "codebook_size", "codebook_dim"),
     *("images", "class_names_sha256", "model_classes", "tokenizer_sha256", "discriminator"),

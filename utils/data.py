@@ -27,7 +27,7 @@ from tqdm import tqdm
 from models.scales import ScaleSchedule
 from models.vqvae import VQVAE
 from utils.config import DataConfig
-from utils.images import BadImage, SkipBad, View, adm_crop, problem, read_image, shift_and_rotate, small_image
+from utils.images import BadImage, SkipBad, View, adm_crop, centre_crop, problem, read_image, shift_and_rotate
 from utils.optim import exact_convolutions
 from utils.process import become_worker
 
@@ -162,7 +162,7 @@ def open_dataset(config: DataConfig, size: int, seed: int, split: str, directory
         return Views(digits(training), [str(d) for d in range(10)], shift_and_rotate, size, seed, training)
     if config.dataset == "cifar10":
         source = tv_datasets.CIFAR10(config.data_path, train=training)
-        return Views(source, source.classes, small_image, size, seed, training)
+        return Views(source, source.classes, centre_crop, size, seed, training)
     folder = Path(config.data_path) / split
     if not training and not folder.is_dir():
         return None
@@ -172,7 +172,8 @@ def open_dataset(config: DataConfig, size: int, seed: int, split: str, directory
         raise ValueError(f"the classes in {folder} are not those in {folder.parent / 'train'}")
     record = directory / f"bad_images_{split}.txt"
     skip = SkipBad(record, config.bad_image_limit) if config.on_bad_image == "skip" else None
-    return Views(source, source.classes, adm_crop, size, seed, training, skip)
+    view = adm_crop if config.augment == "crop" else centre_crop
+    return Views(source, source.classes, view, size, seed, training, skip)
 
 
 def open_splits(config: DataConfig, size: int, seed: int, directory: Path) -> tuple[Views, Views | None]:

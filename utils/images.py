@@ -90,7 +90,16 @@ def adm_crop(image: Image.Image, size: int, rng: random.Random | None) -> Image.
     image = image.resize(resized, Image.Resampling.BICUBIC)
     free_x, free_y = image.width - size, image.height - size
     left, top = (rng.randint(0, free_x), rng.randint(0, free_y)) if rng else (free_x // 2, free_y // 2)
-    image = image.crop((left, top, left + size, top + size))
+    return mirror(image.crop((left, top, left + size, top + size)), rng)
+
+
+def centre_crop(image: Image.Image, size: int, rng: random.Random | None) -> Image.Image:
+    """The centre crop, and a flip in training: for CIFAR-10, and wherever a random crop would enlarge small images."""
+    return mirror(adm_crop(image, size, None), rng)
+
+
+def mirror(image: Image.Image, rng: random.Random | None) -> Image.Image:
+    """In training, every other image flipped."""
     flip = rng is not None and rng.random() < 0.5
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
 
@@ -103,11 +112,3 @@ def shift_and_rotate(image: Image.Image, size: int, rng: random.Random | None) -
     reach = size / 16
     shift = (rng.uniform(-reach, reach), rng.uniform(-reach, reach))
     return image.rotate(rng.uniform(-10, 10), resample=Image.Resampling.BILINEAR, translate=shift)
-
-
-def small_image(image: Image.Image, size: int, rng: random.Random | None) -> Image.Image:
-    """CIFAR-10: a flip, no crop."""
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    flip = rng is not None and rng.random() < 0.5
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image

@@ -44,13 +44,15 @@ class HeldOut:
     tokens: Tensor  # (B, L) ground truth
 
     @classmethod
-    def of(cls, ckpt: str, args: argparse.Namespace, supervision: str = "latent") -> HeldOut:
+    def of(cls, ckpt: str, args: argparse.Namespace, supervision: str = "latent", split: str = "val") -> HeldOut:
+        """With split "train", images that were trained on, not augmented."""
         pipeline = open_pipeline(ckpt, args.vae_ckpt, args.pn)
         schedule, vae = pipeline.schedule, pipeline.vae
         data = DataConfig(dataset=args.dataset, data_path=args.data_path)
-        views = open_dataset(data, schedule.sides[-1] * vae.config.factor, 0, "val")
+        views = open_dataset(data, schedule.sides[-1] * vae.config.factor, 0, split)
         if views is None:
             raise ValueError(f"{args.data_path} has no val/ to take held-out images from")
+        views.training = False
         n = min(args.n, len(views))
         pairs = [views[0, i * len(views) // n] for i in range(n)]
         images, labels = torch.stack([p[0] for p in pairs]), torch.tensor([p[1] for p in pairs])
@@ -63,6 +65,11 @@ class HeldOut:
         schedule, model = self.pipeline.schedule, self.pipeline.model
         with evaluating(model):
             return model(self.labels, shift_all(fed, self.pipeline.vae.codebook, schedule), schedule)
+
+    def nll(self, fed: Tensor) -> Tensor:
+        """NLL of the true tokens (B, L) when tokens `fed` (B, L) make the inputs."""
+        losses = F.cross_entropy(self.logits(fed).flatten(0, 1), self.tokens.flatten(), reduction="none")
+        return losses.view_as(self.tokens)
 
     @torch.no_grad()
     def rolled_out(self, seed: int, top_k: int = 0) -> Tensor:
@@ -228,11 +235,7 @@ def exposure_bias(args: argparse.Namespace) -> None:
 
 def exposure(data: HeldOut, seed: int) -> tuple[Tensor, Tensor]:
     """NLL of the held-out codes (B, L) after ground-truth inputs, and after the model's own."""
-
-    def nll(fed: Tensor) -> Tensor:
-        return F.cross_entropy(data.logits(fed).flatten(0, 1), data.tokens.flatten(), reduction="none")
-
-    return nll(data.tokens).view_as(data.tokens), nll(data.rolled_out(seed)).view_as(data.tokens)
+    return data.nll(data.tokens), data.nll(data.rolled_out(seed))
 
 
 FIGURES = {
