@@ -5,14 +5,13 @@
     bash scripts/experiment_cifar10.sh --data_path cifar10 --status         # what is done
 
 Tokenizer → codes → FlexVAR by teacher forcing → from that one checkpoint, further steps of every variant → samples at
-the guidance that suits each variant best, chosen with other seeds → OUT/report.md, OUT/study.json, OUT/curves.png.
+the guidance that suits each variant best, chosen with other seeds → OUT/study.json, and report.md with its figures.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Iterator
+import platform
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,27 +20,33 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
+from torch import Tensor
 
+from benchmarks.common import machine
 from evaluate import label_order
 from evaluate import run as evaluate
+from experiments.measures import measure
 from experiments.quickstart import launch
-from experiments.study_digits import table_of
+from experiments.report_cifar10 import write_report
+from experiments.study_digits import slug
+from models.scales import ScaleSchedule
 from models.vqvae import to_bytes
 from utils.config import DataConfig
 from utils.config_sampling import EvalConfig
 from utils.data import open_dataset
 from utils.distributed import alone
-from utils.evaluations.c2i.features import make_extractor
 from utils.evaluations.c2i.images import write_npz
-from utils.files import read_json, read_tensor, save_array, save_tensors, write_json
+from utils.evaluations.c2i.metrics import Statistics, frechet_distance
+from utils.files import read_json, read_tensor, save_array, write_json
 from utils.flags import parse
-from utils.pictures import plot_curves, read_metrics
-from utils.visualize import HeldOut, exposure
+from utils.log import git_state
+from utils.pictures import read_metrics
+from utils.weights import load_tokenizer
 
 PN, SIDE, CLASSES = "1_2_3_4_6_8", 32, 10
 GUIDANCES = (0.0, 0.5, 1.0, 2.0)  # ramp
 CHOOSING, JUDGING = 1000, 0  # evaluation seeds: the guidance is chosen with the first, numbers come from the second
-FEATURES = "efficientnet_lite0"
+OFFLINE = "efficientnet_lite0"
 
 
 @dataclass(frozen=True)
@@ -49,14 +54,15 @@ class Size:
     """How much of everything."""
 
     tokenizer: tuple[str, ...]
-    crops: int  # of the code cache; CIFAR-10's views are an image and its mirror image
     model: tuple[str, ...]
     base: tuple[str, ...]  # teacher forcing to a plateau
     further: int  # steps of every variant
-    lr: float  # of those
+    lr: float  # of those, constant: where the base's schedule ends
+    seeds: int
     samples: int  # judged images of each class
     choosing: int  # images of each class to choose the guidance with
-    real: int  # held-out images of the reference, and training images for the classifier
+    real: int  # held-out images of the reference
+    crops: int = 2  # of the code cache; CIFAR-10's views are an image and its mirror image
 
 
 SMALL_TOKENIZER = (
@@ -65,217 +71,243 @@ SMALL_TOKENIZER = (
 )
 SIZES = {
     "smoke": Size(
-        (*SMALL_TOKENIZER, "--bs=16", "--steps=4"), 1, ("--depth=1", "--width=64", "--bs=16"),
-        ("--lr=1e-3", "--steps=3"), 2, 3e-4, 1, 1, 40,
+        (*SMALL_TOKENIZER, "--bs=16", "--steps=4"), ("--depth=1", "--width=64", "--bs=16"),
+        ("--lr=1e-3", "--steps=3"), 2, 3e-4, 2, 1, 1, 40, crops=1,
     ),
     "cpu": Size(
-        (*SMALL_TOKENIZER, "--bs=32", "--steps=1200", "--usage_every=50"), 2, ("--depth=4", "--width=128", "--bs=64"),
-        ("--lr=2e-3", "--wp=0.05", "--wpe=0.1", "--steps=2400"), 200, 3e-4, 200, 20, 2000,
+        (*SMALL_TOKENIZER, "--bs=32", "--steps=3000", "--usage_every=50"), ("--depth=4", "--width=128", "--bs=64"),
+        ("--lr=2e-3", "--wp=0.05", "--wpe=0.1", "--steps=6000"), 300, 2e-4, 5, 200, 50, 5000,
     ),
     "gpu": Size(
-        (*SMALL_TOKENIZER, "--bs=128", "--steps=12000"), 2, ("--depth=8", "--width=512", "--bs=256"),
-        ("--lr=6e-4", "--wp=0.05", "--wpe=0.1", "--steps=8000"), 2000, 1e-4, 5000, 500, 10000,
+        (*SMALL_TOKENIZER, "--bs=128", "--steps=12000"), ("--depth=8", "--width=512", "--bs=256"),
+        ("--lr=6e-4", "--wp=0.05", "--wpe=0.1", "--steps=8000"), 500, 6e-5, 3, 5000, 500, 10000,
     ),
 }  # fmt: skip
 
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to go on from the base."""
+
+    flags: tuple[str, ...]
+    steps: int = 1  # times the steps of the others
+    lr: int = 1  # times their learning rate
+
+
 SAR, ALL = "--training_mode=csfl", ("--sf_top_k=0", "--sf_top_p=0")
-GUIDED = (SAR, "--rollout=cfg", *ALL)
+FORCED, GUIDED = ("--training_mode=teacher_forcing",), (SAR, "--rollout=cfg", *ALL)
 DRAWN = ("--rollout=sample", *ALL)
 MAIN = {
-    "TF continued": ("--training_mode=teacher_forcing",),
-    "SAR argmax": (SAR, "--rollout=argmax"),
-    "SAR sampled": (SAR, *DRAWN),
-    "SAR guided": GUIDED,
-    "SF full": ("--training_mode=sf_full", *DRAWN),
-    "SF hybrid, from side 4": ("--training_mode=sf_hybrid", "--sf_hybrid_from=4", *DRAWN),
+    "TF continued": Variant(FORCED),
+    "SAR argmax": Variant((SAR, "--rollout=argmax")),
+    "SAR sampled": Variant((SAR, *DRAWN)),
+    "SAR guided": Variant(GUIDED),
+    "SF full": Variant(("--training_mode=sf_full", *DRAWN)),
+    "SF hybrid, from side 4": Variant(("--training_mode=sf_hybrid", "--sf_hybrid_from=4", *DRAWN)),
+    "TF continued, twice the steps": Variant(FORCED, steps=2),  # about the time of an SAR run
 }
-TWICE = "TF continued, twice the steps"  # about the time of an SAR run
+# One factor at a time around "SAR guided", stated before any result was known; and the other naive schedules.
 OTHERS = {
-    **{f"SAR guided, γ {gamma}": (*GUIDED, f"--csf_weight={gamma}") for gamma in (0.003, 0.03, 0.1, 1)},
-    "SAR guided, last transition": (*GUIDED, "--ssr=last"),
-    "SAR guided, ground-truth target": (*GUIDED, "--csf_target=ground_truth"),
-    "SF alternate": ("--training_mode=sf_alternate", *DRAWN),
-    "SF interleave": ("--training_mode=sf_interleave", *DRAWN),
+    **{f"SAR guided, γ {gamma}": Variant((*GUIDED, f"--csf_weight={gamma}")) for gamma in (0.1, 1, 0.03, 0.003)},
+    "SAR guided, ground-truth target": Variant((*GUIDED, "--csf_target=ground_truth")),
+    "SAR guided, last transition": Variant((*GUIDED, "--ssr=last")),
+    "SAR guided, top-p 0.95": Variant((SAR, "--rollout=cfg", "--sf_top_k=0", "--sf_top_p=0.95")),
+    "SF alternate": Variant(("--training_mode=sf_alternate", *DRAWN)),
+    "SF interleave": Variant(("--training_mode=sf_interleave", *DRAWN)),
+    "TF continued, lr × 3": Variant(FORCED, lr=3),
+    "SAR guided, lr × 3": Variant(GUIDED, lr=3),
 }
-COLUMNS = {
-    "guidance": ("guidance", 1),
-    "distance": ("Fréchet distance", 2),
-    "precision": ("precision", 3),
-    "recall": ("recall", 3),
-    "score": ("IS-style score", 2),
-    "accuracy": ("class accuracy", 3),
-    "held_out": ("held-out NLL", 4),
-    "train": ("training NLL", 4),
-    "gap": ("exposure gap", 3),
-    "entropy": ("entropy", 3),
-    "seconds": ("s/step", 2),
-}
+VARIANTS = {**MAIN, **OTHERS}
 
 
 class Study:
     """The stages, each a call of one of the project's entries, which resume by themselves and end at once when done."""
 
     def __init__(self, args: argparse.Namespace):
-        self.out, self.size, self.seeds = args.out, SIZES[args.size], args.seeds
+        self.args, self.out, self.size = args, args.out, SIZES[args.size]
         folder = (Path(args.data_path) / "train").is_dir()
         self.data = DataConfig(dataset="folder" if folder else "cifar10", data_path=args.data_path, workers=0)
         self.data_flags = [f"--dataset={self.data.dataset}", f"--data_path={args.data_path}"]
         self.data_flags += [f"--workers={args.workers}"]
-        variants = {**MAIN, TWICE: MAIN["TF continued"], **(OTHERS if args.part == "all" else {})}
-        variants = {name: flags for name, flags in variants.items() if args.only in name}
-        self.numbers = {name: i for i, name in enumerate([*MAIN, TWICE, *OTHERS])}
-        self.jobs = [(name, flags, seed) for seed in self.seeds for name, flags in variants.items()]
-        self.variants = list(variants)
+        self.mirrored = ["--augment=flip"] if folder else []
+        self.features = {OFFLINE: (f"--features={OFFLINE}",)}
+        if args.inception_weights:
+            self.features["inception"] = (f"--inception_weights={args.inception_weights}",)
+        part = MAIN if args.part == "main" else VARIANTS
+        seeds = args.seeds or range(self.size.seeds)
+        self.jobs = [(name, seed) for seed in seeds for name in part if args.only in name]
 
     def run(self, name: str, seed: int) -> Path:
-        return self.out / f"runs/{self.numbers[name]:02d}_{seed}"
+        return self.out / f"runs/{slug(name)}_{seed}"
 
     def steps(self, name: str) -> int:
-        return self.size.further * (2 if name == TWICE else 1)
+        return self.size.further * VARIANTS[name].steps
+
+    def step(self, name: str, seed: int) -> int:
+        """How far a run is."""
+        run = self.run(name, seed)
+        logged = read_metrics(run, "train/loss")[0] if (run / "metrics.jsonl").is_file() else []
+        return logged[-1] if logged else 0
 
     # ------------------------------------------------------------------------------------------ training
 
     def train(self) -> None:
         out, size = self.out, self.size
-        common = [f"--pn={PN}", "--vis_num_samples=0", "--eval_images=2000", "--logger_type=none"]
-        launch(["train_tokenizer.py", *self.data_flags, f"--image_size={SIDE}", *common, *size.tokenizer,
-                f"--out_dir={out / 'tokenizer'}"])  # fmt: skip
+        common = [f"--pn={PN}", "--vis_num_samples=0", "--logger_type=none"]
+        tokenizer = [*self.data_flags, f"--image_size={SIDE}", *common, *size.tokenizer]
+        launch(["train_tokenizer.py", *tokenizer, "--eval_images=2000", f"--out_dir={out / 'tokenizer'}"])
         codes = [f"--vae_ckpt={out / 'tokenizer'}", f"--out={out / 'codes'}", f"--image_size={SIDE}", "--batch=128"]
-        launch(["-m", "utils.code_cache", *self.data_flags, *codes, f"--crops={size.crops}"])
+        codes += [*self.data_flags, *self.mirrored, f"--crops={size.crops}"]
+        launch(["-m", "utils.code_cache", *codes])
         model = [*size.model, f"--vae_ckpt={out / 'tokenizer'}", f"--code_cache={out / 'codes'}", "--schedule=fixed"]
-        model += [*common, "--workers=0", "--log_every=20"]
-        launch(["train.py", *model, "--training_mode=teacher_forcing", *size.base, f"--out_dir={out / 'base'}"])
+        model += [*common, "--workers=0", "--log_every=20", f"--precision={self.args.precision}"]
+        base = [*FORCED, *size.base, "--eval_every=500", f"--out_dir={out / 'base'}"]
+        launch(["train.py", *model, *base])
 
-        def further(job: tuple[str, tuple[str, ...], int]) -> None:
-            name, flags, seed = job
-            more = [*flags, f"--init_ckpt={out / 'base'}", f"--lr={size.lr}", f"--steps={self.steps(name)}"]
-            launch(["train.py", *model, *more, f"--seed={seed}", f"--out_dir={self.run(name, seed)}"], processes=1)
+        def further(job: tuple[str, int]) -> None:
+            name, seed = job
+            variant, steps = VARIANTS[name], self.steps(name)
+            flags = [*variant.flags, f"--lr={size.lr * variant.lr:g}", f"--steps={steps}", f"--seed={seed}"]
+            flags += [f"--init_ckpt={out / 'base'}", f"--eval_every={max(1, size.further // 3)}"]
+            launch(["train.py", *model, *flags, f"--out_dir={self.run(name, seed)}"], processes=1)
 
         with ThreadPoolExecutor(1 if torch.cuda.is_available() else 2) as pool:
             list(pool.map(further, self.jobs))
 
-    # ----------------------------------------------------------------------------------------- evaluating
+    # ------------------------------------------------------------------------------- photographs to compare with
 
-    def reference(self) -> Path:
-        """Held-out photographs, evenly over the split, as an npz; computed features stay beside each evaluation."""
-        path = self.out / "real.npz"
+    def photographs(self, split: str, n: int) -> tuple[Tensor, Tensor]:
+        """Images (N, 3, H, W), not augmented and evenly over the split, and their classes."""
+        views = open_dataset(self.data, SIDE, 0, split)
+        views.training, n = False, min(n, len(views))
+        pairs = [views[0, i * len(views) // n] for i in range(n)]
+        return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+
+    def bounds(self, kind: str) -> Path:
+        """Photographs judged as samples are: "training" ones, and "reconstructions" of held-out ones."""
+        path, directory = self.out / f"{kind}.npz", self.out / f"judged/{kind}"
         if not path.is_file():
-            views = open_dataset(self.data, SIDE, 0, "val")
-            n = min(self.size.real, len(views))
-            images = torch.stack([views[0, i * len(views) // n][0] for i in range(n)])
-            save_array(self.out / "real.npy", to_bytes(images).permute(0, 2, 3, 1).numpy())
-            write_npz([self.out / "real.npy"], path)
-            (self.out / "real.npy").unlink()
-        made = self.out / "reference.npz"
+            images, _ = self.photographs("train" if kind == "training" else "val", self.size.samples * CLASSES)
+            if kind == "reconstructions":
+                vae, side = load_tokenizer(self.out / "tokenizer"), ScaleSchedule.parse(PN).sides[-1]
+                with torch.no_grad():
+                    images = torch.cat([vae.decode(vae.codes(vae.encode(p), side), side) for p in images.split(100)])
+            write_images(images, path)
+        return self.judge(directory, f"--samples={path}", f"--reference={self.reference(OFFLINE)}")
+
+    def reference(self, features: str) -> Path:
+        """Statistics of held-out photographs."""
+        made, path = self.out / f"reference_{features}.npz", self.out / "held_out.npz"
+        if not path.is_file():
+            write_images(self.photographs("val", self.size.real)[0], path)
         if not made.is_file():
-            self.judge(self.out / "reference", f"--samples={path}", f"--make_reference={made}")
+            self.judge(self.out / f"reference_{features}", f"--samples={path}", f"--make_reference={made}", of=features)
         return made
 
-    def judge(self, directory: Path, *flags: str) -> Path:
-        """What evaluate.py does with these flags; what it has done before it does not do again."""
-        evaluate(parse(EvalConfig, [f"--features={FEATURES}", f"--out_dir={directory}", *flags]), alone())
-        return directory
-
-    def sampled(self, run: Path, directory: Path, each: int, seed: int, *flags: str) -> Path:
-        drawn = [f"--ckpt={run}", f"--reference={self.reference()}", "--top_k=0", "--top_p=0", *flags]
-        return self.judge(directory, *drawn, f"--num_samples={each}", f"--seed={seed}", "--batch=50")
-
-    def best_guidance(self, name: str) -> float:
-        """The one of the smallest distance, over the variant's first seed, with images that no table shows."""
-        run = self.out / "base" if name == "before" else self.run(name, self.seeds[0])
-        sweep = f"--sweep_cfg={','.join(map(str, GUIDANCES))}"
-        directory = self.sampled(run, self.out / f"choice/{run.name}", self.size.choosing, CHOOSING, sweep)
-        reports = [read_json(path) for path in sorted(directory.glob("cfg*/report.json"))]
-        best = min(reports, key=lambda report: report[f"frechet_distance_{FEATURES}"])
-        return best["settings"]["cfg"]
+    @cached_property
+    def tokenized(self) -> Statistics:
+        """Of reconstructions: what a perfect transformer over this tokenizer would be near to."""
+        return Statistics.of(pooled(self.bounds("reconstructions")))
 
     @cached_property
     def classifier(self) -> LogisticRegression:
         """Of the judge's pooled features of training photographs."""
-        path = self.out / "classified.safetensors"
-        if not path.is_file():
-            views = open_dataset(self.data, SIDE, 0, "train")
-            views.training = False
-            n = min(self.size.real, len(views))
-            pairs = [views[0, i * len(views) // n] for i in range(n)]
-            extractor = make_extractor(FEATURES, "", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-            images, device = to_bytes(torch.stack([p[0] for p in pairs])), next(extractor.parameters()).device
-            pool = torch.cat([extractor(part.to(device)).pool for part in images.split(50)])
-            save_tensors(path, {"pool": pool, "labels": torch.tensor([p[1] for p in pairs])})
-        pool, labels = read_tensor(path, "pool").numpy(), read_tensor(path, "labels").numpy()
-        return LogisticRegression(C=0.01, max_iter=500).fit(pool, labels)
+        labels = self.photographs("train", self.size.samples * CLASSES)[1]
+        return LogisticRegression(C=0.01, max_iter=500).fit(pooled(self.bounds("training")), labels)
 
-    def accuracy(self, directory: Path, each: int) -> float:
-        """Share of the samples that the classifier takes for their class."""
-        files = sorted((directory / "features").glob("[0-9]*.safetensors"))
-        pool = np.concatenate([read_tensor(file, "pool").numpy() for file in files])
-        return float(self.classifier.score(pool, label_order(each * CLASSES, CLASSES, JUDGING).numpy()))
+    def bound(self, kind: str) -> dict[str, float]:
+        directory = self.bounds(kind)
+        found = scores(directory)
+        if kind == "reconstructions":
+            labels = self.photographs("val", self.size.samples * CLASSES)[1]
+            found["accuracy"] = float(self.classifier.score(pooled(directory), labels))
+        else:
+            found["to_reconstructions"] = frechet_distance(Statistics.of(pooled(directory)), self.tokenized)
+        return found
+
+    # ----------------------------------------------------------------------------------------- evaluating
+
+    def judge(self, directory: Path, *flags: str, of: str = OFFLINE) -> Path:
+        """What evaluate.py does with these flags; what it has done before it does not do again."""
+        evaluate(parse(EvalConfig, [*self.features[of], f"--out_dir={directory}", *flags]), alone())
+        return directory
+
+    def sampled(self, run: Path, directory: Path, each: int, seed: int, *flags: str, of: str = OFFLINE) -> Path:
+        drawn = [f"--ckpt={run}", f"--reference={self.reference(of)}", "--top_k=0", "--top_p=0", *flags]
+        return self.judge(directory, *drawn, f"--num_samples={each}", f"--seed={seed}", "--batch=50", of=of)
+
+    def best_guidance(self, run: Path) -> float:
+        """The one of the smallest distance, with images that no table shows. Other seeds of a variant share it."""
+        sweep = f"--sweep_cfg={','.join(map(str, GUIDANCES))}"
+        directory = self.sampled(run, self.out / f"choice/{run.name}", self.size.choosing, CHOOSING, sweep)
+        reports = [read_json(path) for path in sorted(directory.glob("cfg*/report.json"))]
+        best = min(reports, key=lambda report: report[f"frechet_distance_{OFFLINE}"])
+        return best["settings"]["cfg"]
 
     def row(self, run: Path, cfg: float) -> dict[str, float]:
-        """All numbers of one run."""
-        directory = self.sampled(run, self.out / f"judged/{run.name}", self.size.samples, JUDGING, f"--cfg={cfg}")
-        report = read_json(directory / "report.json")
-        names = {"distance": "frechet_distance", "precision": "precision", "recall": "recall"}
-        names |= {"score": "inception_style_score"}
-        found = {key: report[f"{name}_{FEATURES}"] for key, name in names.items()}
-        where = {"dataset": self.data.dataset, "data_path": self.data.data_path}
-        data = HeldOut.of(str(run), argparse.Namespace(vae_ckpt="", pn="", n=500, **where))
-        forced, own = exposure(data, seed=0)
-        entropy = torch.special.entr(data.logits(data.tokens).softmax(-1)).sum(-1)  # (B, L)
-        schedule = data.pipeline.schedule
-        trained = next(v for n in ("train/loss_tf", "train/loss") if (v := read_metrics(run, n)[1]))
-        speeds = read_metrics(run, "train/images_per_second")[1]
-        return {
-            **found,
-            "guidance": cfg,
-            "accuracy": self.accuracy(directory, self.size.samples),
-            "held_out": read_metrics(run, "val/loss")[1][-1],
-            "train": statistics.mean(trained[-3:]),
-            "gap": (own.mean() - forced.mean()).item(),
-            "entropy": entropy.mean().item(),
-            "entropy_side": [part.mean().item() for part in schedule.split(entropy)],
-            "gap_side": [(b - a).mean().item() for a, b in zip(*map(schedule.split, (forced, own)), strict=True)],
-            "seconds": read_json(run / "config.json")["optim"]["bs"] / statistics.median(speeds),
-        }
+        """All numbers of one run; kept beside its samples' features."""
+        size, kept = self.size, self.out / f"judged/{run.name}/row.json"
+        if kept.is_file():
+            return read_json(kept)
+        directory = self.sampled(run, kept.parent, size.samples, JUDGING, f"--cfg={cfg}")
+        found = {"run": str(run), "guidance": cfg, **scores(directory)}
+        pool, labels = pooled(directory), label_order(size.samples * CLASSES, CLASSES, JUDGING)
+        found["to_reconstructions"] = frechet_distance(Statistics.of(pool), self.tokenized)
+        found["accuracy"] = float(self.classifier.score(pool, labels))
+        if "inception" in self.features:
+            again = self.out / f"judged_inception/{run.name}"
+            self.sampled(run, again, size.samples, JUDGING, f"--cfg={cfg}", of="inception")
+            found["fid"] = read_json(again / "report.json")["fid"]
+        found |= measure(run, self.data)
+        write_json(kept, found)
+        return found
 
-    def rows(self) -> Iterator[tuple[str, list[dict[str, float]]]]:
-        """Variant after variant: the rows of its seeds."""
-        yield "before", [self.row(self.out / "base", self.best_guidance("before"))]
-        for name in self.variants:
-            cfg = self.best_guidance(name)
-            yield name, [self.row(self.run(name, seed), cfg) for seed in self.seeds]
-
-    # ------------------------------------------------------------------------------------------ reporting
-
-    def report(self) -> None:
-        found = {}
-        for name, rows in self.rows():
-            found[name] = rows
+    def evaluate(self) -> None:
+        """Every run that is finished, whatever was asked for in this call; study.json grows row by row."""
+        base = self.out / "base"
+        # What a later call doesn't measure again stays as it was measured, machine and all.
+        described = {**vars(self.args), "machine": machine(), "python": platform.python_version(), "git": git_state()}
+        found = {"settings": {k: str(v) for k, v in described.items()}, "bounds": {}, "rows": {}}
+        found["bounds"] = {kind: self.bound(kind) for kind in ("training", "reconstructions")}
+        found["rows"]["before"] = [{"seed": 0, **self.row(base, self.best_guidance(base))}]
+        for name in VARIANTS:
+            seeds = [seed for seed in range(100) if self.step(name, seed) >= self.steps(name)]
+            if seeds:
+                cfg = self.best_guidance(self.run(name, seeds[0]))
+                found["rows"][name] = [{"seed": seed, **self.row(self.run(name, seed), cfg)} for seed in seeds]
             write_json(self.out / "study.json", found)
-            table = table_of(found, COLUMNS, standard_error)
-            (self.out / "report.md").write_text(table + "\n", encoding="utf-8")
-        curves = {name: read_metrics(self.run(name, self.seeds[0]), "val/loss") for name in self.variants}
-        plot_curves({"further steps": curves}, ("step", "held-out NLL"), self.out / "curves.png")
-        print(table)
 
     def status(self) -> None:
         """What is done."""
         stages = {"tokenizer": self.out / "tokenizer/metrics.jsonl", "codes": self.out / "codes/manifest.json"}
-        stages |= {"base": self.out / "base/metrics.jsonl", "reference": self.out / "reference.npz"}
+        stages |= {"base": self.out / "base/metrics.jsonl", "reference": self.out / f"reference_{OFFLINE}.npz"}
         for name, path in stages.items():
             print(f"{name:>40}  {'there' if path.is_file() else 'to do'}")
-        for name, _, seed in self.jobs:
-            run = self.run(name, seed)
-            steps = read_metrics(run, "train/loss")[0] if (run / "metrics.jsonl").is_file() else []
-            step = steps[-1] if steps else 0
-            judged = "judged" if (self.out / f"judged/{run.name}/report.json").is_file() else ""
-            print(f"{name:>40}  seed {seed}: step {step} of {self.steps(name)} {judged}")
+        for name, seed in self.jobs:
+            judged = "judged" if (self.out / f"judged/{self.run(name, seed).name}/row.json").is_file() else ""
+            print(f"{name:>40}  seed {seed}: step {self.step(name, seed)} of {self.steps(name)} {judged}")
 
 
-def standard_error(values: list[float], digits: int) -> str:
-    """Mean ± standard error over the seeds."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
+def write_images(images: Tensor, path: Path) -> None:
+    """Images (N, 3, H, W) in [-1, 1] → an npz that evaluate.py takes."""
+    array = path.with_suffix(".npy")
+    save_array(array, to_bytes(images).permute(0, 2, 3, 1).numpy())
+    write_npz([array], path)
+    array.unlink()
+
+
+def pooled(directory: Path) -> Tensor:
+    """The features (N, D) that an evaluation left behind."""
+    files = sorted((directory / "features").glob("[0-9]*.safetensors"))
+    return torch.from_numpy(np.concatenate([read_tensor(file, "pool").numpy() for file in files]))
+
+
+def scores(directory: Path) -> dict[str, float]:
+    """What an evaluation in the offline features reports."""
+    names = {"distance": "frechet_distance", "precision": "precision", "recall": "recall"}
+    names |= {"score": "inception_style_score"}
+    report = read_json(directory / "report.json")
+    return {key: report[f"{name}_{OFFLINE}"] for key, name in names.items()}
 
 
 def main() -> None:
@@ -284,9 +316,11 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--part", choices=["main", "all"], default="main")
     parser.add_argument("--only", default="", help="variants whose name contains this")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="below 100; default: 0, 1, 2 …, by size")
     parser.add_argument("--out", type=Path, default=None, help="default: out/cifar10_SIZE")
     parser.add_argument("--workers", type=int, default=1, help="loader processes of the stages that read images")
+    parser.add_argument("--precision", default="auto", help="of the transformer's training; see train.py")
+    parser.add_argument("--inception_weights", default="", help="FID, too; see evaluate.py")
     parser.add_argument("--status", action="store_true", help="say what is done, and stop")
     args = parser.parse_args()
     args.out = args.out or Path(f"out/cifar10_{args.size}")
@@ -295,7 +329,8 @@ def main() -> None:
     if args.status:
         return study.status()
     study.train()
-    return study.report()
+    study.evaluate()
+    return write_report(args.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""What the studies look at beside samples: likelihoods, exposure bias, entropy, and what a step costs.
+
+Legend: L tokens of a schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import forward_flops
+from models import FlexVARConfig, ScaleSchedule
+from utils.config import DataConfig
+from utils.files import read_json
+from utils.pictures import read_metrics
+from utils.visualize import HeldOut, exposure
+
+IMAGES = 500  # of each split
+
+
+def measure(run: Path, data: DataConfig) -> dict[str, float | list[float]]:
+    """Of a finished run, in evaluation mode, in nats per token; `…_side` a number a scale."""
+    where = {"vae_ckpt": "", "pn": "", "n": IMAGES, "dataset": data.dataset, "data_path": data.data_path}
+    seen = HeldOut.of(str(run), argparse.Namespace(**where), split="train")
+    held_out = HeldOut.of(str(run), argparse.Namespace(**where))
+    schedule = held_out.pipeline.schedule
+    forced, own = (nll.double() for nll in exposure(held_out, seed=0))  # (IMAGES, L)
+    entropy = torch.special.entr(held_out.logits(held_out.tokens).softmax(-1)).sum(-1)
+    config = read_json(run / "config.json")
+    speeds = read_metrics(run, "train/images_per_second")[1]
+    return {
+        "train": seen.nll(seen.tokens).mean().item(),
+        "held_out": forced.mean().item(),
+        "gap": (own - forced).mean().item(),
+        "gap_side": [part.mean().item() for part in schedule.split(own - forced)],
+        "entropy": entropy.mean().item(),
+        "entropy_side": [part.mean().item() for part in schedule.split(entropy)],
+        "sides": list(schedule.sides),
+        "seconds": config["optim"]["bs"] / statistics.median(speeds),
+        "steps": read_metrics(run, "train/loss")[0][-1],
+        "gflops": training_flops(config["sar"], held_out.pipeline.model.config, schedule) / 1e9,
+    }
+
+
+def training_flops(sar: dict, model: FlexVARConfig, schedule: ScaleSchedule) -> float:
+    """FLOPs of one image in one step: a trained pass is three forwards, one without gradient is one.
+
+    Args:
+        sar: the run's settings of `SARConfig`, by name.
+    """
+    whole = forward_flops(model, schedule)
+    fed = forward_flops(model, ScaleSchedule(schedule.sides[:-1]))  # the last scale feeds nothing
+    if sar["training_mode"] == "teacher_forcing":
+        return 3 * whole
+    if sar["training_mode"] != "csfl":  # a cached walk over the scales that feed, then the pass that is trained
+        return 3 * whole + (fed / 2 if sar["training_mode"] == "sf_alternate" else fed)
+    last = ScaleSchedule((1, schedule.sides[-1]))
+    second = 3 * (whole if sar["ssr"] == "all" else forward_flops(model, last))
+    unconditional = fed if sar["csf_target"] == "ground_truth" else whole
+    return 3 * whole + second + (unconditional if sar["rollout"] == "cfg" else 0)

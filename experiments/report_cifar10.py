@@ -1,0 +1,225 @@
+"""From the study's numbers to its report: tables beside the paper's, a verdict a claim, figures.
+
+python -m experiments.report_cifar10 --out out/cifar10_cpu       # again, from study.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from pathlib import Path
+
+from scipy.stats import t as student
+
+from experiments.study_digits import table_of
+from models.pipeline import open_pipeline, to_pil
+from models.sampling import Draw, Guidance, draw_images
+from utils.files import read_json
+from utils.optim import derive_seed
+from utils.pictures import captioned_grid, grid, plot_curves, read_metrics, spread_labels
+from utils.tables import markdown
+from utils.visualize import trajectory
+
+Rows = dict[str, list[dict]]  # variant → the rows of its seeds
+
+COLUMNS = {
+    "distance": ("Fréchet distance", 2),
+    "to_reconstructions": ("to reconstructions", 2),
+    "fid": ("FID", 2),
+    "precision": ("precision", 3),
+    "recall": ("recall", 3),
+    "score": ("IS-style score", 2),
+    "accuracy": ("class accuracy", 3),
+    "held_out": ("held-out NLL", 4),
+    "train": ("training NLL", 4),
+    "gap": ("exposure gap", 3),
+    "entropy": ("entropy", 3),
+    "guidance": ("guidance", 1),
+}
+# What the paper says, as "the first one's distance is below the second one's". Stated before any result was known.
+CLAIMS = {
+    "SAR beats equally many further teacher-forcing steps (Tables 4, 5)": ("SAR guided", "TF continued"),
+    "SAR beats teacher forcing of equal time": ("SAR guided", "TF continued, twice the steps"),
+    "argmax SAR beats equally many teacher-forcing steps (Table 5)": ("SAR argmax", "TF continued"),
+    "sampled SAR beats equally many teacher-forcing steps (Table 5)": ("SAR sampled", "TF continued"),
+    "guided rollouts beat argmax (Table 5)": ("SAR guided", "SAR argmax"),
+    "guided rollouts beat sampled ones (Table 5)": ("SAR guided", "SAR sampled"),
+    "sampled rollouts beat argmax (Table 5)": ("SAR sampled", "SAR argmax"),
+    "naive student forcing, full, is worse than teacher forcing (Table 3)": ("TF continued", "SF full"),
+    "naive student forcing, hybrid, is worse than teacher forcing (Table 3)": (
+        "TF continued",
+        "SF hybrid, from side 4",
+    ),
+    "naive student forcing, alternate, is worse than teacher forcing (Table 3)": ("TF continued", "SF alternate"),
+    "naive student forcing, interleaved, is worse than teacher forcing (Table 3)": ("TF continued", "SF interleave"),
+}
+CONFIDENCE = 0.95
+PAPER = {
+    "5": {"TF continued": 3.47, "SAR argmax": 2.98, "SAR sampled": 2.94, "SAR guided": 2.89},
+    "3": {
+        "TF continued": 3.83,
+        "SF full": 16.56,
+        "SF alternate": 9.31,
+        "SF interleave": 9.47,
+        "SF hybrid, from side 4": 5.90,  # hybrid@16, the milder of the paper's two
+    },
+}
+SHOWN = ("TF continued", "SAR guided", "SF full")  # in the sample grid
+
+
+def standard_error(values: list[float], digits: int) -> str:
+    """Mean ± standard error over the seeds."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
+
+
+def paired(found: Rows, a: str, b: str, name: str = "distance") -> list[float]:
+    """a's number less b's, of every seed that both have: equal seeds saw equal data in equal order."""
+    others = {row["seed"]: row[name] for row in found.get(b, [])}
+    return [row[name] - others[row["seed"]] for row in found.get(a, []) if row["seed"] in others]
+
+
+def half_width(spread: float, n: int) -> float:
+    """Of the confidence interval of a mean of n values with this standard deviation (Student's t)."""
+    return float(student.ppf((1 + CONFIDENCE) / 2, n - 1)) * spread / math.sqrt(n)
+
+
+def verdict(differences: list[float]) -> tuple[str, str]:
+    """shown, not shown or opposite, of the claim that the differences are negative; and what would settle it."""
+    if len(differences) < 2:
+        return "not run", "at least two seeds"
+    mean, spread = statistics.mean(differences), statistics.stdev(differences)
+    half = half_width(spread, len(differences))
+    if abs(mean) > half:
+        return ("shown" if mean < 0 else "opposite"), "–"
+    enough = next((n for n in range(len(differences) + 1, 1001) if half_width(spread, n) < abs(mean)), None)
+    return "not shown", f"about {enough} seeds, if the difference is what it seems" if enough else "no number of seeds"
+
+
+def claims_table(found: Rows) -> str:
+    lines = []
+    for claim, (a, b) in CLAIMS.items():
+        differences = paired(found, a, b)
+        said, settle = verdict(differences)
+        shown = standard_error(differences, 2) if differences else ""
+        if len(differences) > 1:
+            shown += f" (95 %: ± {half_width(statistics.stdev(differences), len(differences)):.2f})"
+        lines.append([claim, shown, str(len(differences)), f"**{said}**", settle])
+    return markdown(["claim", "difference of distances", "seeds", "", "what would settle it"], lines)
+
+
+def paper_table(found: Rows, number: str) -> str:
+    """The paper's FIDs and our distances, each also as a multiple of continued teacher forcing's."""
+    lines, forced = [], PAPER[number]["TF continued"]
+    base = statistics.mean(row["distance"] for row in found["TF continued"]) if "TF continued" in found else math.nan
+    for name, fid in PAPER[number].items():
+        distances = [row["distance"] for row in found.get(name, [])]
+        mine = (
+            [standard_error(distances, 2), f"{statistics.mean(distances) / base:.3f}"] if distances else ["not run", ""]
+        )
+        lines.append([name, f"{fid:.2f}", f"{fid / forced:.3f}", *mine])
+    return markdown(["", f"paper, Table {number}: FID", "× TF", "here: distance", "× TF"], lines)
+
+
+def per_side(found: Rows, name: str, digits: int = 3) -> str:
+    """A number a scale, over the seeds."""
+    sides = next(iter(found.values()))[0]["sides"]
+    flat = {v: [dict(zip(sides, row[name], strict=True)) for row in rows] for v, rows in found.items()}
+    return table_of(flat, {s: (f"side {s}", digits) for s in sides}, standard_error)
+
+
+def cost_table(found: Rows) -> str:
+    lines = []
+    for name, rows in found.items():
+        steps, gflops = rows[0]["steps"], rows[0]["gflops"]
+        seconds = statistics.median(row["seconds"] for row in rows)
+        lines.append([name, str(steps), f"{gflops:.2f}", f"{seconds:.3f}", f"{seconds * steps:.0f}"])
+    return markdown(["", "steps", "GFLOP an image and step", "s/step", "s a run"], lines)
+
+
+def draw_curves(found: Rows, out: Path) -> None:
+    """Fig. 1a: held-out NLL of the base, and of the variants' first seeds from there."""
+    base = read_metrics(Path(found["before"][0]["run"]), "val/loss")
+    start = ([0], [base[1][-1]])
+    more = {}
+    for name, rows in found.items():
+        if name != "before":
+            steps, values = read_metrics(Path(rows[0]["run"]), "val/loss")
+            more[name] = (start[0] + steps, start[1] + values)
+    mild = {name: curve for name, curve in more.items() if not name.startswith("SF")}
+    panels = {"teacher forcing from scratch": {"base": base}, "further steps": more, "without student forcing": mild}
+    plot_curves(panels, ("step", "held-out NLL, nats per token"), out / "curves.png")
+
+
+def draw_samples(found: Rows, out: Path, each: int = 8) -> None:
+    """A column of `each` a class: the first seeds of some variants, at their guidance, from equal seeds."""
+    pictures, captions = [], []
+    for name in (n for n in SHOWN if n in found):
+        row = found[name][0]
+        pipeline = open_pipeline(row["run"])
+        labels = spread_labels(10, 10).repeat_interleave(each)
+        seeds = [derive_seed("shown", i) for i in range(len(labels))]
+        draw = Draw(Guidance("ramp", row["guidance"]))
+        images = draw_images(pipeline.model, pipeline.vae, labels, pipeline.schedule, draw, seeds)
+        picture = to_pil(grid(images, each)[None] * 2 - 1)[0]
+        pictures.append(picture)
+        captions.append(name)
+    if pictures:
+        captioned_grid(pictures, captions, columns=len(pictures), cell=2 * pictures[0].width).save(out / "samples.png")
+
+
+def draw_trajectory(found: Rows, out: Path) -> None:
+    """Fig. 7: how teacher forcing and SAR go on from the same coarse scales."""
+    pair = [found[name][0] for name in ("TF continued", "SAR guided") if name in found]
+    if len(pair) == 2:
+        where = {"vae_ckpt": "", "pn": "", "cfg": pair[0]["guidance"], "seed": 0, "n": 6}
+        trajectory(argparse.Namespace(ckpt=[row["run"] for row in pair], out=str(out / "trajectory.png"), **where))
+
+
+def write_report(out: Path) -> None:
+    """OUT/report.md, curves.png, samples.png and trajectory.png, from OUT/study.json and the runs it names."""
+    study = read_json(out / "study.json")
+    found: Rows = study["rows"]
+    columns = {key: title for key, title in COLUMNS.items() if key in found["before"][0]}
+    bounds = {
+        "training photographs": [study["bounds"]["training"]],
+        "reconstructions of held-out photographs": [study["bounds"]["reconstructions"]],
+    }
+    draw_curves(found, out)
+    draw_samples(found, out)
+    draw_trajectory(found, out)
+    parts = [
+        "## Numbers",
+        table_of({**bounds, **found}, columns, standard_error),
+        "## Claims",
+        claims_table(found),
+        "## Beside the paper",
+        paper_table(found, "5"),
+        paper_table(found, "3"),
+        "## By scale: exposure gap",
+        per_side(found, "gap_side"),
+        "## By scale: entropy",
+        per_side(found, "entropy_side"),
+        "## Cost",
+        cost_table(found),
+        "## Pictures",
+        "![held-out NLL](curves.png)",
+        "![samples](samples.png)",
+        "![trajectories](trajectory.png)",
+        "## Settings",
+        markdown(["", ""], [[name, value] for name, value in study["settings"].items()]),
+    ]
+    text = "\n\n".join(parts) + "\n"
+    (out / "report.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/cifar10_cpu"))
+    write_report(parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()
