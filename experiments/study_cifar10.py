@@ -135,7 +135,7 @@ class Study:
             self.features["inception"] = (f"--inception_weights={args.inception_weights}",)
         part = MAIN if args.part == "main" else VARIANTS
         seeds = args.seeds or range(self.size.seeds)
-        self.jobs = [(name, seed) for seed in seeds for name in part if args.only in name]
+        self.jobs = [(name, seed) for seed in seeds for name in (args.only or part)]
 
     def run(self, name: str, seed: int) -> Path:
         return self.out / f"runs/{slug(name)}_{seed}"
@@ -315,7 +315,7 @@ def main() -> None:
     parser.add_argument("--data_path", required=True, help="torchvision's CIFAR-10, or train/ and val/ class folders")
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--part", choices=["main", "all"], default="main")
-    parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME", help="variants, instead of a part")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="below 100; default: 0, 1, 2 …, by size")
     parser.add_argument("--out", type=Path, default=None, help="default: out/cifar10_SIZE")
     parser.add_argument("--workers", type=int, default=1, help="loader processes of the stages that read images")

@@ -2,9 +2,7 @@ import json
 import os
 import sys
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from tests.conftest import run
 
@@ -29,27 +27,6 @@ def test_the_whole_chain_in_a_few_steps(tmp_path):
     assert report["steps"] == {"tokenizer": 4, "flexvar": 4, "flexvar_continued": 2, "sar": 2}
     assert report["real"]["class_accuracy"] >= 0.95
     assert report["real"]["frechet_distance"] < report["reconstruction"]["frechet_distance"]
-
-
-@pytest.mark.slow
-def test_the_study_on_cifar10_in_a_few_steps(tmp_path):
-    """Ten classes of coloured noise; one variant, two seeds; a second start does nothing anew."""
-    rng = np.random.default_rng(0)
-    for i in range(120):
-        path = tmp_path / f"data/{'train' if i % 2 else 'val'}/{i // 2 % 10}/{i:03d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 25 * (i // 2 % 10) + 30, (32, 32, 3), dtype=np.uint8)).save(path)
-    flags = [f"--data_path={tmp_path / 'data'}", "--size=smoke", "--only=SAR sampled", "--seeds", "0", "1"]
-    command = ["bash", "scripts/experiment_cifar10.sh", *flags, "--workers=0", f"--out={tmp_path / 'o'}"]
-    run(*command, PYTHON=sys.executable)
-    found = json.loads((tmp_path / "o/study.json").read_text())
-    assert {name: len(rows) for name, rows in found.items()} == {"before": 1, "SAR sampled": 2}
-    assert (tmp_path / "o/report.md").read_text().count("±") > 5
-    status = run(*command, "--status", PYTHON=sys.executable).stdout
-    assert status.count("step 2 of 2 judged") == 2
-    made = (tmp_path / "o/judged/02_1/features/000000.safetensors").stat().st_mtime_ns
-    run(*command, PYTHON=sys.executable)
-    assert (tmp_path / "o/judged/02_1/features/000000.safetensors").stat().st_mtime_ns == made
 
 
 @pytest.mark.slow

@@ -1,0 +1,71 @@
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.report_cifar10 import paired, verdict
+from tests.conftest import run
+
+
+def photographs(folder):
+    """Ten classes of coloured noise, 60 images a split."""
+    rng = np.random.default_rng(0)
+    for i in range(120):
+        path = folder / f"{'train' if i % 2 else 'val'}/{i // 2 % 10}/{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 25 * (i // 2 % 10) + 30, (32, 32, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def test_the_whole_study_in_a_few_steps(tmp_path):
+    """Two variants, two seeds; a second start does nothing anew."""
+    out = tmp_path / "o"
+    command = ["bash", "scripts/experiment_cifar10.sh", f"--data_path={photographs(tmp_path / 'data')}"]
+    command += ["--size=smoke", "--only", "TF continued", "SAR guided", "--workers=0", f"--out={out}"]
+    threads = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    run(*command, **threads)
+    study = json.loads((out / "study.json").read_text())
+    rows = study["rows"]
+    assert {name: [row["seed"] for row in rows[name]] for name in rows} == {
+        "before": [0],
+        "TF continued": [0, 1],
+        "SAR guided": [0, 1],
+    }
+    assert set(study["bounds"]) == {"training", "reconstructions"}
+    forced, refined = rows["TF continued"][0], rows["SAR guided"][0]
+    assert forced["held_out"] != refined["held_out"]
+    assert sum(n * s**2 for n, s in zip(forced["gap_side"], forced["sides"], strict=True)) / 130 == pytest.approx(
+        forced["gap"], abs=1e-6
+    )
+    assert refined["gflops"] / forced["gflops"] == pytest.approx(7 / 3)  # two trained passes and one that is not
+    report = (out / "report.md").read_text()
+    assert report.count("±") > 10
+    line = next(line for line in report.splitlines() if line.startswith("| SAR beats equally many further"))
+    assert any(f"**{said}**" in line for said in ("shown", "not shown", "opposite"))
+    assert "| SF full | 16.56 | 4.324 | not run |" in report
+    for picture in ("curves", "samples", "trajectory"):
+        assert (out / f"{picture}.png").stat().st_size > 1000
+    status = run(*command, "--status", **threads).stdout
+    assert status.count("step 2 of 2 judged") == 4
+    made = {path: os.stat(path).st_mtime_ns for path in out.glob("judged/*/features/*.safetensors")}
+    assert made
+    run(*command, **threads)
+    assert {path: os.stat(path).st_mtime_ns for path in made} == made
+
+
+def test_a_verdict_needs_the_confidence_interval_to_exclude_zero():
+    # Three seeds: the interval is ± 4.303 · s/√3, and 2.484 for s = 1.
+    assert verdict([-3.6, -2.6, -1.6])[0] == "shown"
+    assert verdict([-3.4, -2.4, -1.4])[0] == "not shown"
+    assert verdict([1.6, 2.6, 3.6])[0] == "opposite"
+    assert verdict([-3.0])[0] == "not run"
+    assert verdict([-3.4, -2.4, -1.4])[1].startswith("about 4 seeds")  # 3.182 · 1/√4 = 1.59
+
+
+def test_differences_are_taken_seed_by_seed():
+    rows = {"a": [{"seed": 0, "x": 1.0}, {"seed": 2, "x": 5.0}], "b": [{"seed": 2, "x": 3.0}, {"seed": 1, "x": 9.0}]}
+    assert paired(rows, "a", "b", "x") == [2.0]
+    assert paired(rows, "a", "c", "x") == []
