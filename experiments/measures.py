@@ -1,4 +1,4 @@
-"""What the studies look at beside samples: likelihoods, exposure bias, entropy, and what a step costs.
+"""What the studies share: what is looked at beside samples (likelihoods, exposure bias, entropy, cost), and tables.
 
 Legend: L tokens of a schedule.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,9 +17,12 @@ from models import FlexVARConfig, ScaleSchedule
 from utils.config import DataConfig
 from utils.files import read_json
 from utils.pictures import read_metrics
+from utils.tables import markdown
 from utils.visualize import HeldOut, exposure
 
 IMAGES = 500  # of each split
+
+Cell = Callable[[list[float], int], str]  # the values of all seeds and the digits → what stands in the table
 
 
 def measure(run: Path, data: DataConfig) -> dict[str, float | list[float]]:
@@ -61,3 +65,28 @@ def training_flops(sar: dict, model: FlexVARConfig, schedule: ScaleSchedule) -> 
     second = 3 * (whole if sar["ssr"] == "all" else forward_flops(model, last))
     unconditional = fed if sar["csf_target"] == "ground_truth" else whole
     return 3 * whole + second + (unconditional if sar["rollout"] == "cfg" else 0)
+
+
+def slug(text: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in text.lower())
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean ± standard deviation over the seeds."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def standard_error(values: list[float], digits: int) -> str:
+    """Mean ± standard error over the seeds."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
+
+
+def table_of(found: dict[str, list[dict]], columns: dict[str, tuple[str, int]], cell: Cell = spread) -> str:
+    """A line a variant, from the rows of its seeds; columns have titles and digits."""
+    lines = [
+        [name, *(cell([row[c] for row in rows], d) if c in rows[0] else "" for c, (_, d) in columns.items())]
+        for name, rows in found.items()
+    ]
+    return markdown(["", *(title for title, _ in columns.values())], lines)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from scipy.stats import t as student
 
-from experiments.study_digits import table_of
+from experiments.measures import standard_error, table_of
 from models.pipeline import open_pipeline, to_pil
 from models.sampling import Draw, Guidance, draw_images
 from utils.files import read_json
@@ -68,12 +68,6 @@ PAPER = {
 SHOWN = ("TF continued", "SAR guided", "SF full")  # in the sample grid
 
 
-def standard_error(values: list[float], digits: int) -> str:
-    """Mean ± standard error over the seeds."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
-
-
 def paired(found: Rows, a: str, b: str, name: str = "distance") -> list[float]:
     """a's number less b's, of every seed that both have: equal seeds saw equal data in equal order."""
     others = {row["seed"]: row[name] for row in found.get(b, [])}
@@ -83,6 +77,16 @@ def paired(found: Rows, a: str, b: str, name: str = "distance") -> list[float]:
 def half_width(spread: float, n: int) -> float:
     """Of the confidence interval of a mean of n values with this standard deviation (Student's t)."""
     return float(student.ppf((1 + CONFIDENCE) / 2, n - 1)) * spread / math.sqrt(n)
+
+
+def differences_table(found: Rows, columns: dict[str, tuple[str, int]]) -> str:
+    """Every variant's numbers less those of continued teacher forcing, seed by seed."""
+    rows = {}
+    for name in found:
+        pairs = {column: paired(found, name, "TF continued", column) for column in columns}
+        if name not in ("before", "TF continued") and pairs["distance"]:
+            rows[name] = [dict(zip(pairs, values, strict=True)) for values in zip(*pairs.values(), strict=True)]
+    return table_of(rows, columns, standard_error)
 
 
 def verdict(differences: list[float]) -> tuple[str, str]:
@@ -177,6 +181,10 @@ def draw_trajectory(found: Rows, out: Path) -> None:
         trajectory(argparse.Namespace(ckpt=[row["run"] for row in pair], out=str(out / "trajectory.png"), **where))
 
 
+def as_text(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def write_report(out: Path) -> None:
     """OUT/report.md, curves.png, samples.png and trajectory.png, from OUT/study.json and the runs it names."""
     study = read_json(out / "study.json")
@@ -192,6 +200,8 @@ def write_report(out: Path) -> None:
     parts = [
         "## Numbers",
         table_of({**bounds, **found}, columns, standard_error),
+        "## Differences from continued teacher forcing, seed by seed",
+        differences_table(found, {key: title for key, title in columns.items() if key != "guidance"}),
         "## Claims",
         claims_table(found),
         "## Beside the paper",
@@ -208,7 +218,7 @@ def write_report(out: Path) -> None:
         "![samples](samples.png)",
         "![trajectories](trajectory.png)",
         "## Settings",
-        markdown(["", ""], [[name, value] for name, value in study["settings"].items()]),
+        markdown(["", ""], [[name, as_text(value)] for name, value in study["settings"].items()]),
     ]
     text = "\n\n".join(parts) + "\n"
     (out / "report.md").write_text(text, encoding="utf-8")

@@ -11,9 +11,9 @@ the guidance that suits each variant best, chosen with other seeds → OUT/study
 from __future__ import annotations
 
 import argparse
-import platform
+import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -25,10 +25,9 @@ from torch import Tensor
 from benchmarks.common import machine
 from evaluate import label_order
 from evaluate import run as evaluate
-from experiments.measures import measure
+from experiments.measures import measure, slug
 from experiments.quickstart import launch
 from experiments.report_cifar10 import write_report
-from experiments.study_digits import slug
 from models.scales import ScaleSchedule
 from models.vqvae import to_bytes
 from utils.config import DataConfig
@@ -76,11 +75,11 @@ SIZES = {
     ),
     "cpu": Size(
         (*SMALL_TOKENIZER, "--bs=32", "--steps=3000", "--usage_every=50"), ("--depth=4", "--width=128", "--bs=64"),
-        ("--lr=2e-3", "--wp=0.05", "--wpe=0.1", "--steps=6000"), 300, 2e-4, 5, 200, 50, 5000,
+        ("--lr=2e-3", "--wp=0.05", "--wpe=0.1", "--steps=6000"), 300, 2e-4, 4, 200, 50, 5000,
     ),
     "gpu": Size(
-        (*SMALL_TOKENIZER, "--bs=128", "--steps=12000"), ("--depth=8", "--width=512", "--bs=256"),
-        ("--lr=6e-4", "--wp=0.05", "--wpe=0.1", "--steps=8000"), 500, 6e-5, 3, 5000, 500, 10000,
+        (*SMALL_TOKENIZER, "--bs=128", "--steps=5000"), ("--depth=8", "--width=512", "--bs=256"),
+        ("--lr=6e-4", "--wp=0.05", "--wpe=0.1", "--steps=6000"), 300, 6e-5, 3, 5000, 500, 10000,
     ),
 }  # fmt: skip
 
@@ -266,9 +265,9 @@ class Study:
         """Every run that is finished, whatever was asked for in this call; study.json grows row by row."""
         base = self.out / "base"
         # What a later call doesn't measure again stays as it was measured, machine and all.
-        described = {**vars(self.args), "machine": machine(), "python": platform.python_version(), "git": git_state()}
-        found = {"settings": {k: str(v) for k, v in described.items()}, "bounds": {}, "rows": {}}
-        found["bounds"] = {kind: self.bound(kind) for kind in ("training", "reconstructions")}
+        settings = {"command": " ".join(sys.argv[1:]), **machine(), "commit": git_state(), **asdict(self.size)}
+        bounds = {kind: self.bound(kind) for kind in ("training", "reconstructions")}
+        found: dict[str, dict] = {"settings": settings, "bounds": bounds, "rows": {}}
         found["rows"]["before"] = [{"seed": 0, **self.row(base, self.best_guidance(base))}]
         for name in VARIANTS:
             seeds = [seed for seed in range(100) if self.step(name, seed) >= self.steps(name)]

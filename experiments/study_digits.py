@@ -8,18 +8,15 @@ Writes table.md, study.json and the runs to out/study_digits.
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from experiments.measures import measure, slug, table_of
 from experiments.quickstart import FLEXVAR, FURTHER, PER_CLASS, Judge, run_stage, sample
+from utils.config import DataConfig
 from utils.files import write_json
-from utils.pictures import read_metrics
-from utils.tables import markdown
-from utils.visualize import HeldOut, exposure
 from utils.weights import load_tokenizer
 
 DRAWN = ["--sf_top_k=0", "--sf_top_p=0"]
@@ -40,32 +37,10 @@ VARIANTS = {
 COLUMNS = {
     "class_accuracy": ("class accuracy", 3),
     "frechet_distance": ("Fréchet distance", 2),
-    "held_out_loss": ("held-out NLL", 4),
-    "exposure_gap": ("exposure gap, nats", 3),
-    "seconds_per_step": ("s/step", 2),
+    "held_out": ("held-out NLL", 4),
+    "gap": ("exposure gap, nats", 3),
+    "seconds": ("s/step", 2),
 }
-
-
-Cell = Callable[[list[float], int], str]  # the values of all seeds and the digits → what stands in the table
-
-
-def slug(text: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in text.lower())
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Mean ± standard deviation over the seeds."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
-
-
-def table_of(found: dict[str, list[dict]], columns: dict[str, tuple[str, int]], cell: Cell = spread) -> str:
-    """A line a variant, from the rows of its seeds; columns have titles and digits."""
-    lines = [
-        [name, *(cell([row[c] for row in rows], d) if c in rows[0] else "" for c, (_, d) in columns.items())]
-        for name, rows in found.items()
-    ]
-    return markdown(["", *(title for title, _ in columns.values())], lines)
 
 
 def write_table(found: dict[str, list[dict]], columns: dict[str, tuple[str, int]], out: Path) -> None:
@@ -98,18 +73,13 @@ def main() -> None:
     judge, vae = Judge(), load_tokenizer(args.quickstart / "tokenizer")
     labels = torch.arange(10).repeat_interleave(PER_CLASS)
 
-    def scores(run: Path) -> dict[str, float]:
-        data = HeldOut.of(str(run), argparse.Namespace(vae_ckpt="", pn="", dataset="digits", data_path="", n=497))
-        forced, own = exposure(data, seed=0)
-        gap = (own.mean() - forced.mean()).item()
-        loss = read_metrics(run, "val/loss")[1][-1]
-        return {**judge.score(sample(run, vae, labels), labels.numpy()), "held_out_loss": loss, "exposure_gap": gap}
+    def scores(run: Path) -> dict:
+        found = measure(run, DataConfig(dataset="digits"))
+        return {**found, **judge.score(sample(run, vae, labels), labels.numpy())}
 
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ["before", *variants]}
-    found["before"].append(scores(args.quickstart / "flexvar"))
-    for (name, _), run in runs.items():
-        seconds = 48 / statistics.median(read_metrics(run, "train/images_per_second")[1])
-        found[name].append({**scores(run), "seconds_per_step": seconds})
+    before = scores(args.quickstart / "flexvar")
+    del before["seconds"]  # of two ranks, the others' are of one
+    found = {"before": [before], **{name: [scores(runs[name, seed]) for seed in args.seeds] for name in variants}}
     write_table(found, COLUMNS, args.out)
 
 
