@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from utils import code_cache
 from utils.code_cache import CacheConfig, CacheFlags, CodeCache, build, open_cache
 from utils.config import DataConfig
 from utils.data import encode_batch, make_loader, open_dataset
+from utils.files import read_json, write_json
 
 
 def flags_of(small_vae_file, out, **changed):
@@ -153,6 +155,14 @@ def test_a_folder_of_photographs(tmp_path, small_vae_file, tiny_vae):
     data = f"--data_path={tmp_path}"
     run("bash", "scripts/cache_codes.sh", data, f"--out={out}", f"--vae_ckpt={small_vae_file}", "--image_size=16",
         "--crops=2", "--workers=1", PYTHON=sys.executable, NPROC="1")  # fmt: skip
+    settings = read_json(out / "settings.json")
+    assert settings.pop("augment") == "crop"
+    write_json(out / "settings.json", settings)  # as caches were before that flag: with the crop
+    for augment, fits in (("crop", True), ("flip", False)):
+        cache = CacheConfig(out=str(out), vae_ckpt=str(small_vae_file), image_size=16, crops=2)
+        flags = CacheFlags(cache, DataConfig(data_path=str(tmp_path), augment=augment, workers=0))
+        with nullcontext() if fits else pytest.raises(ValueError, match="other settings"):
+            build(flags, ALONE)
     cached = open_cache(out, tiny_vae, "latent", 16)[0]
     assert cached.classes == ["cat", "dog"]
     assert open_cache(out, tiny_vae, "latent", 16)[1] is None

@@ -50,6 +50,27 @@ def test_wrong_batch_is_named():
         accumulation(100, 24, 2)
 
 
+def test_small_images_of_a_folder_can_go_without_the_crop(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / split / "a/0.png")
+
+    def seen(augment, split):
+        views = open_dataset(DataConfig(data_path=str(tmp_path), augment=augment), 32, 0, split)
+        return [views[epoch, 0][0] for epoch in range(20)]
+
+    whole = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
+    kept = [image.equal(whole) for image in seen("flip", "train")]
+    mirrored = [image.equal(whole.flip(-1)) for image in seen("flip", "train")]
+    assert all(a or b for a, b in zip(kept, mirrored, strict=True))
+    assert any(kept)
+    assert any(mirrored)
+    assert all(image.equal(whole) for image in seen("flip", "val"))
+    cropped = [image.equal(whole) or image.equal(whole.flip(-1)) for image in seen("crop", "train")]
+    assert sum(cropped) < 15  # one side in six is the image's own
+
+
 @pytest.mark.parametrize("shape", [(300, 400), (1000, 700), (256, 256), (90, 1500), (40, 50)])
 def test_crop_has_the_right_size_and_is_a_function_of_the_seed(shape):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8))

@@ -20,6 +20,7 @@ HYBRID = ["--model=hybrid", "--first_side=2", "--vis_num_samples=2"]
 CHANGED: dict[str, tuple[str, list[str]]] = {
     "dataset": ("folder", []),
     "data_path": ("B", ["--dataset=folder", "--data_path=A"]),
+    "augment": ("flip", ["--dataset=folder", "--data_path=A"]),
     "on_bad_image": ("skip", ["--dataset=folder", "--data_path=bad"]),
     "bad_image_limit": ("0.5", ["--dataset=folder", "--data_path=bad", "--on_bad_image=skip"]),
     "vae_ckpt": ("other_vae.safetensors", []),
