@@ -264,7 +264,6 @@ class Study:
     def evaluate(self) -> None:
         """Every run that is finished, whatever was asked for in this call; study.json grows row by row."""
         base = self.out / "base"
-        # What a later call doesn't measure again stays as it was measured, machine and all.
         settings = {"command": " ".join(sys.argv[1:]), **machine(), "commit": git_state(), **asdict(self.size)}
         bounds = {kind: self.bound(kind) for kind in ("training", "reconstructions")}
         found: dict[str, dict] = {"settings": settings, "bounds": bounds, "rows": {}}
