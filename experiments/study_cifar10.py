@@ -75,7 +75,7 @@ SIZES = {
     ),
     "cpu": Size(
         (*SMALL_TOKENIZER, "--bs=32", "--steps=3000", "--usage_every=50"), ("--depth=4", "--width=128", "--bs=64"),
-        ("--lr=2e-3", "--wp=0.05", "--wpe=0.1", "--steps=6000"), 300, 2e-4, 4, 200, 50, 5000,
+        ("--lr=2e-3", "--wp=0.05", "--wpe=0.1", "--steps=6000"), 300, 2e-4, 3, 200, 50, 5000,
     ),
     "gpu": Size(
         (*SMALL_TOKENIZER, "--bs=128", "--steps=5000"), ("--depth=8", "--width=512", "--bs=256"),
