@@ -35,7 +35,7 @@ from utils.config_sampling import EvalConfig
 from utils.data import open_dataset
 from utils.distributed import alone
 from utils.evaluations.c2i.images import write_npz
-from utils.evaluations.c2i.metrics import Statistics, frechet_distance
+from utils.evaluations.c2i.metrics import Statistics, frechet_distance, precision_recall
 from utils.files import read_json, read_tensor, save_array, write_json
 from utils.flags import parse
 from utils.log import git_state
@@ -46,6 +46,7 @@ PN, SIDE, CLASSES = "1_2_3_4_6_8", 32, 10
 GUIDANCES = (0.0, 0.5, 1.0, 2.0)  # ramp
 CHOOSING, JUDGING = 1000, 0  # evaluation seeds: the guidance is chosen with the first, numbers come from the second
 OFFLINE = "efficientnet_lite0"
+BOUNDS = ("training photographs", "reconstructed training photographs", "reconstructed held-out photographs")
 
 
 @dataclass(frozen=True)
@@ -183,11 +184,11 @@ class Study:
         return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
 
     def bounds(self, kind: str) -> Path:
-        """Photographs judged as samples are: "training" ones, and "reconstructions" of held-out ones."""
-        path, directory = self.out / f"{kind}.npz", self.out / f"judged/{kind}"
+        """Photographs judged as samples are: "training" ones, or "held-out" ones, as they are or "reconstructed"."""
+        path, directory = self.out / f"{slug(kind)}.npz", self.out / f"judged/{slug(kind)}"
         if not path.is_file():
-            images, _ = self.photographs("train" if kind == "training" else "val", self.size.samples * CLASSES)
-            if kind == "reconstructions":
+            images, _ = self.photographs("train" if "training" in kind else "val", self.size.samples * CLASSES)
+            if "reconstructed" in kind:
                 vae, side = load_tokenizer(self.out / "tokenizer"), ScaleSchedule.parse(PN).sides[-1]
                 with torch.no_grad():
                     images = torch.cat([vae.decode(vae.codes(vae.encode(p), side), side) for p in images.split(100)])
@@ -204,25 +205,30 @@ class Study:
         return made
 
     @cached_property
-    def tokenized(self) -> Statistics:
-        """Of reconstructions: what a perfect transformer over this tokenizer would be near to."""
-        return Statistics.of(pooled(self.bounds("reconstructions")))
+    def reconstructed(self) -> Tensor:
+        """Features (N, D) of reconstructed held-out photographs: what a perfect transformer's samples would be like."""
+        return pooled(self.bounds("reconstructed held-out photographs"))
 
     @cached_property
     def classifier(self) -> LogisticRegression:
-        """Of the judge's pooled features of training photographs."""
+        """Of the judge's features of reconstructed training photographs: samples are as blurred as those."""
         labels = self.photographs("train", self.size.samples * CLASSES)[1]
-        return LogisticRegression(C=0.01, max_iter=500).fit(pooled(self.bounds("training")), labels)
+        return LogisticRegression(C=0.01, max_iter=500).fit(
+            pooled(self.bounds("reconstructed training photographs")), labels
+        )
 
     def bound(self, kind: str) -> dict[str, float]:
-        directory = self.bounds(kind)
-        found = scores(directory)
-        if kind == "reconstructions":
+        found = scores(self.bounds(kind))
+        if "held-out" in kind:
             labels = self.photographs("val", self.size.samples * CLASSES)[1]
-            found["accuracy"] = float(self.classifier.score(pooled(directory), labels))
-        else:
-            found["to_reconstructions"] = frechet_distance(Statistics.of(pooled(directory)), self.tokenized)
-        return found
+            return {**found, "accuracy": float(self.classifier.score(self.reconstructed, labels))}
+        return {**found, **self.beside_reconstructions(pooled(self.bounds(kind)))}
+
+    def beside_reconstructions(self, pool: Tensor) -> dict[str, float]:
+        """What the transformer alone answers for: features (N, D) against those of reconstructed photographs."""
+        distance = frechet_distance(Statistics.of(pool), Statistics.of(self.reconstructed))
+        precision, recall = precision_recall(pool, self.reconstructed)
+        return {"to_reconstructions": distance, "precision_of_those": precision, "recall_of_those": recall}
 
     # ----------------------------------------------------------------------------------------- evaluating
 
@@ -251,7 +257,7 @@ class Study:
         directory = self.sampled(run, kept.parent, size.samples, JUDGING, f"--cfg={cfg}")
         found = {"run": str(run), "guidance": cfg, **scores(directory)}
         pool, labels = pooled(directory), label_order(size.samples * CLASSES, CLASSES, JUDGING)
-        found["to_reconstructions"] = frechet_distance(Statistics.of(pool), self.tokenized)
+        found |= self.beside_reconstructions(pool)
         found["accuracy"] = float(self.classifier.score(pool, labels))
         if "inception" in self.features:
             again = self.out / f"judged_inception/{run.name}"
@@ -265,7 +271,7 @@ class Study:
         """Every run that is finished, whatever was asked for in this call; study.json grows row by row."""
         base = self.out / "base"
         settings = {"command": " ".join(sys.argv[1:]), **machine(), "commit": git_state(), **asdict(self.size)}
-        bounds = {kind: self.bound(kind) for kind in ("training", "reconstructions")}
+        bounds = {kind: self.bound(kind) for kind in BOUNDS}
         found: dict[str, dict] = {"settings": settings, "bounds": bounds, "rows": {}}
         found["rows"]["before"] = [{"seed": 0, **self.row(base, self.best_guidance(base))}]
         for name in VARIANTS:

@@ -34,8 +34,9 @@ def test_the_whole_study_in_a_few_steps(tmp_path):
         "TF continued": [0, 1],
         "SAR guided": [0, 1],
     }
-    assert set(study["bounds"]) == {"training", "reconstructions"}
-    forced, refined = rows["TF continued"][0], rows["SAR guided"][0]
+    forced, refined, bounds = rows["TF continued"][0], rows["SAR guided"][0], study["bounds"]
+    assert bounds["training photographs"]["distance"] < bounds["reconstructed held-out photographs"]["distance"]
+    assert bounds["reconstructed training photographs"]["to_reconstructions"] < forced["to_reconstructions"]
     assert forced["held_out"] != refined["held_out"]
     assert sum(n * s**2 for n, s in zip(forced["gap_side"], forced["sides"], strict=True)) / 130 == pytest.approx(
         forced["gap"], abs=1e-6
