@@ -158,7 +158,7 @@ def draw_curves(found: Rows, out: Path) -> None:
     plot_curves(panels, ("step", "held-out NLL, nats per token"), out / "curves.png")
 
 
-def draw_samples(found: Rows, out: Path, each: int = 8) -> None:
+def draw_samples(found: Rows, out: Path, each: int = 6) -> None:
     """A column of `each` a class: the first seeds of some variants, at their guidance, from equal seeds."""
     pictures, captions = [], []
     for name in (n for n in SHOWN if n in found):
@@ -179,7 +179,7 @@ def draw_trajectory(found: Rows, out: Path) -> None:
     """Fig. 7: how teacher forcing and SAR go on from the same coarse scales."""
     pair = [found[name][0] for name in ("TF continued", "SAR guided") if name in found]
     if len(pair) == 2:
-        where = {"vae_ckpt": "", "pn": "", "cfg": pair[0]["guidance"], "seed": 0, "n": 6}
+        where = {"vae_ckpt": "", "pn": "", "cfg": pair[0]["guidance"], "seed": 0, "n": 3}
         trajectory(argparse.Namespace(ckpt=[row["run"] for row in pair], out=str(out / "trajectory.png"), **where))
 
 

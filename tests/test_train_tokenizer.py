@@ -45,7 +45,7 @@ def test_a_run_learns_and_loads_as_a_tokenizer(tmp_path):
 def test_held_out_usage_is_of_all_images_together(tmp_path):
     trainer = build(config_of(f"--out_dir={tmp_path}", "--micro_batch=4"), ALONE)
     found = trainer.held_out()
-    images = torch.stack([trainer.val_set[0, i][0] for i in range(16)])
+    images = torch.stack([trainer.val_set[0, i * len(trainer.val_set) // 16][0] for i in range(16)])
     with torch.no_grad():
         chosen = trainer.model.codes(trainer.model.encode(images), 4).unique()
     assert found["usage_side/4"] == pytest.approx(len(chosen) / 32)

@@ -210,7 +210,7 @@ class WatchConfig:
     vis_num_samples: int = 16  # images in a grid; 0: no grids
     vis_ema: bool = False  # draw the grids with the moving average
     eval_every: int = 0  # steps between held-out losses, when there is a val/; 0: only at the end
-    eval_images: int = 1000  # held-out images; 0: no held-out loss
+    eval_images: int = 1000  # held-out images, evenly over the split; 0: no held-out loss
 
     def __post_init__(self):
         at_least(self, vis_every=0, vis_num_samples=0, eval_every=0, eval_images=0)

@@ -171,9 +171,12 @@ class Loop(Learner):
 
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:
-        """`held_out_losses` over the first `eval_images` held-out images, shared out among the ranks."""
+        """`held_out_losses` over `eval_images` held-out images, shared out among the ranks.
+
+        They lie evenly over the split: the first ones of sorted class folders would be of the first classes.
+        """
         n = self.held_out_images
-        mine = range(self.ranks.rank, n, self.ranks.world)
+        mine = [i * len(self.val_set) // n for i in range(self.ranks.rank, n, self.ranks.world)]
         keys = [[(0, i) for i in mine[a : a + self.micro_batch]] for a in range(0, len(mine), self.micro_batch)]
         sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.ranks.device))
         with evaluating(self.model):
