@@ -52,6 +52,8 @@ def measure(run: Path, data: DataConfig) -> dict[str, float | list[float]]:
 def training_flops(sar: dict, model: FlexVARConfig, schedule: ScaleSchedule) -> float:
     """FLOPs of one image in one step: a trained pass is three forwards, one without gradient is one.
 
+    Of what the studies run: one second pass of all scales or the last transition, naive schedules without guidance.
+
     Args:
         sar: the run's settings of `SARConfig`, by name.
     """
@@ -86,7 +88,13 @@ def standard_error(values: list[float], digits: int) -> str:
 def table_of(found: dict[str, list[dict]], columns: dict[str, tuple[str, int]], cell: Cell = spread) -> str:
     """A line a variant, from the rows of its seeds; columns have titles and digits."""
     lines = [
-        [name, *(cell([row[c] for row in rows], d) if c in rows[0] else "" for c, (_, d) in columns.items())]
+        [
+            name,
+            *(
+                cell([row[c] for row in rows], d) if all(c in row for row in rows) else ""
+                for c, (_, d) in columns.items()
+            ),
+        ]
         for name, rows in found.items()
     ]
     return markdown(["", *(title for title, _ in columns.values())], lines)

@@ -42,7 +42,7 @@ COLUMNS = {
 # What the paper says, as "the first one's distance is below the second one's". Stated before any result was known.
 CLAIMS = {
     "SAR beats equally many further teacher-forcing steps (Tables 4, 5)": ("SAR guided", "TF continued"),
-    "SAR beats teacher forcing of equal time": ("SAR guided", "TF continued, twice the steps"),
+    "SAR beats twice as many teacher-forcing steps, of about its time": ("SAR guided", "TF continued, twice the steps"),
     "argmax SAR beats equally many teacher-forcing steps (Table 5)": ("SAR argmax", "TF continued"),
     "sampled SAR beats equally many teacher-forcing steps (Table 5)": ("SAR sampled", "TF continued"),
     "guided rollouts beat argmax (Table 5)": ("SAR guided", "SAR argmax"),
@@ -72,8 +72,8 @@ SHOWN = ("TF continued", "SAR guided", "SF full")  # in the sample grid
 
 def paired(found: Rows, a: str, b: str, name: str = "distance") -> list[float]:
     """a's number less b's, of every seed that both have: equal seeds saw equal data in equal order."""
-    others = {row["seed"]: row[name] for row in found.get(b, [])}
-    return [row[name] - others[row["seed"]] for row in found.get(a, []) if row["seed"] in others]
+    others = {row["seed"]: row[name] for row in found.get(b, []) if name in row}
+    return [row[name] - others[row["seed"]] for row in found.get(a, []) if row["seed"] in others and name in row]
 
 
 def half_width(spread: float, n: int) -> float:
@@ -87,12 +87,14 @@ def differences_table(found: Rows, columns: dict[str, tuple[str, int]]) -> str:
     for name in found:
         pairs = {column: paired(found, name, "TF continued", column) for column in columns}
         if name not in ("before", "TF continued") and pairs["distance"]:
-            rows[name] = [dict(zip(pairs, values, strict=True)) for values in zip(*pairs.values(), strict=True)]
+            full = {column: values for column, values in pairs.items() if len(values) == len(pairs["distance"])}
+            rows[name] = [dict(zip(full, values, strict=True)) for values in zip(*full.values(), strict=True)]
     return table_of(rows, columns, standard_error)
 
 
 def verdict(differences: list[float]) -> tuple[str, str]:
-    """shown, not shown or opposite, of the claim that the differences are negative; and what would settle it."""
+    """shown, not shown or opposite, of the claim that the differences are negative; and how many seeds
+    would be just enough if mean and spread stayed as they are."""
     if len(differences) < 2:
         return "not run", "at least two seeds"
     mean, spread = statistics.mean(differences), statistics.stdev(differences)
@@ -100,7 +102,7 @@ def verdict(differences: list[float]) -> tuple[str, str]:
     if abs(mean) > half:
         return ("shown" if mean < 0 else "opposite"), "–"
     enough = next((n for n in range(len(differences) + 1, 1001) if half_width(spread, n) < abs(mean)), None)
-    return "not shown", f"about {enough} seeds, if the difference is what it seems" if enough else "no number of seeds"
+    return "not shown", f"{enough} seeds" if enough else "more than 1,000 seeds"
 
 
 def claims_table(found: Rows, column: str) -> str:
@@ -112,20 +114,22 @@ def claims_table(found: Rows, column: str) -> str:
         if len(differences) > 1:
             shown += f" (95 %: ± {half_width(statistics.stdev(differences), len(differences)):.2f})"
         lines.append([claim, shown, str(len(differences)), f"**{said}**", settle])
-    return markdown(["claim", "difference of distances", "seeds", "", "what would settle it"], lines)
+    return markdown(["claim", "difference of distances", "seeds", "", "just enough at this spread"], lines)
 
 
 def paper_table(found: Rows, number: str) -> str:
     """The paper's FIDs and our distances, each also as a multiple of continued teacher forcing's."""
-    lines, forced = [], PAPER[number]["TF continued"]
-    base = statistics.mean(row["distance"] for row in found["TF continued"]) if "TF continued" in found else math.nan
+
+    def beside_forced(values: list[float], forced: float) -> list[str]:
+        return [standard_error(values, 2), f"{statistics.mean(values) / forced:.3f}"] if values else ["not run", ""]
+
+    lines, columns = [], ("distance", "to_reconstructions")
+    forced = {c: statistics.mean([row[c] for row in found.get("TF continued", [])] or [math.nan]) for c in columns}
     for name, fid in PAPER[number].items():
-        distances = [row["distance"] for row in found.get(name, [])]
-        mine = (
-            [standard_error(distances, 2), f"{statistics.mean(distances) / base:.3f}"] if distances else ["not run", ""]
-        )
-        lines.append([name, f"{fid:.2f}", f"{fid / forced:.3f}", *mine])
-    return markdown(["", f"paper, Table {number}: FID", "× TF", "here: distance", "× TF"], lines)
+        mine = [beside_forced([row[c] for row in found.get(name, [])], forced[c]) for c in columns]
+        lines.append([name, *beside_forced([fid], PAPER[number]["TF continued"]), *mine[0], *mine[1]])
+    here = ["here: Fréchet distance", "× TF", "to reconstructions", "× TF"]
+    return markdown(["", f"paper, Table {number}: FID", "× TF", *here], lines)
 
 
 def per_side(found: Rows, name: str, digits: int = 3) -> str:
@@ -191,7 +195,7 @@ def write_report(out: Path) -> None:
     """OUT/report.md, curves.png, samples.png and trajectory.png, from OUT/study.json and the runs it names."""
     study = read_json(out / "study.json")
     found: Rows = study["rows"]
-    columns = {key: title for key, title in COLUMNS.items() if key in found["before"][0]}
+    columns = {key: title for key, title in COLUMNS.items() if any(key in r for rows in found.values() for r in rows)}
     bounds = {kind: [row] for kind, row in study["bounds"].items()}
     draw_curves(found, out)
     draw_samples(found, out)

@@ -30,16 +30,16 @@ from experiments.quickstart import launch
 from experiments.report_cifar10 import write_report
 from models.scales import ScaleSchedule
 from models.vqvae import to_bytes
+from utils.checkpoint import checkpoints, step_of
 from utils.config import DataConfig
 from utils.config_sampling import EvalConfig
 from utils.data import open_dataset
 from utils.distributed import alone
 from utils.evaluations.c2i.images import write_npz
 from utils.evaluations.c2i.metrics import Statistics, frechet_distance, precision_recall
-from utils.files import read_json, read_tensor, save_array, write_json
+from utils.files import digest, read_json, read_tensor, save_array, write_json
 from utils.flags import parse
 from utils.log import git_state
-from utils.pictures import read_metrics
 from utils.weights import load_tokenizer
 
 PN, SIDE, CLASSES = "1_2_3_4_6_8", 32, 10
@@ -144,10 +144,8 @@ class Study:
         return self.size.further * VARIANTS[name].steps
 
     def step(self, name: str, seed: int) -> int:
-        """How far a run is."""
-        run = self.run(name, seed)
-        logged = read_metrics(run, "train/loss")[0] if (run / "metrics.jsonl").is_file() else []
-        return logged[-1] if logged else 0
+        """How far a run is, by what it has saved."""
+        return reached(self.run(name, seed))
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -249,28 +247,34 @@ class Study:
         best = min(reports, key=lambda report: report[f"frechet_distance_{OFFLINE}"])
         return best["settings"]["cfg"]
 
-    def row(self, run: Path, cfg: float) -> dict[str, float]:
-        """All numbers of one run; kept beside its samples' features."""
-        size, kept = self.size, self.out / f"judged/{run.name}/row.json"
-        if kept.is_file():
-            return read_json(kept)
-        directory = self.sampled(run, kept.parent, size.samples, JUDGING, f"--cfg={cfg}")
-        found = {"run": str(run), "guidance": cfg, **scores(directory)}
-        pool, labels = pooled(directory), label_order(size.samples * CLASSES, CLASSES, JUDGING)
-        found |= self.beside_reconstructions(pool)
-        found["accuracy"] = float(self.classifier.score(pool, labels))
-        if "inception" in self.features:
-            again = self.out / f"judged_inception/{run.name}"
-            self.sampled(run, again, size.samples, JUDGING, f"--cfg={cfg}", of="inception")
+    def row(self, run: Path, cfg: float) -> dict:
+        """All numbers of one run; kept beside its samples' features, for these weights and this many samples."""
+        each, directory = self.size.samples, self.judged(run, cfg)
+        saved = digest(checkpoints(run)[-1] / "manifest.json")
+        wanted = {"run": str(run), "guidance": cfg, "each": each, "checkpoint": saved}
+        kept = directory / "row.json"
+        found = read_json(kept) if kept.is_file() else {}
+        if any(found.get(name) != value for name, value in wanted.items()):
+            self.sampled(run, directory, each, JUDGING, f"--cfg={cfg}")
+            pool, labels = pooled(directory), label_order(each * CLASSES, CLASSES, JUDGING)
+            accuracy = float(self.classifier.score(pool, labels))
+            found = {**wanted, **scores(directory), **self.beside_reconstructions(pool), "accuracy": accuracy}
+            found |= measure(run, self.data)
+        if "inception" in self.features and "fid" not in found:
+            again = self.out / f"judged_inception/{directory.name}"
+            self.sampled(run, again, each, JUDGING, f"--cfg={cfg}", of="inception")
             found["fid"] = read_json(again / "report.json")["fid"]
-        found |= measure(run, self.data)
         write_json(kept, found)
         return found
 
+    def judged(self, run: Path, cfg: float) -> Path:
+        return self.out / f"judged/{run.name}_cfg{cfg:g}"
+
     def evaluate(self) -> None:
-        """Every run that is finished, whatever was asked for in this call; study.json grows row by row."""
+        """study.json, of every run that is finished, whatever was asked for in this call."""
         base = self.out / "base"
-        settings = {"command": " ".join(sys.argv[1:]), **machine(), "commit": git_state(), **asdict(self.size)}
+        # Of this call: with what a run was trained, its own starts.jsonl says.
+        settings = {"last call": " ".join(sys.argv[1:]), **machine(), "commit": git_state(), **asdict(self.size)}
         bounds = {kind: self.bound(kind) for kind in BOUNDS}
         found: dict[str, dict] = {"settings": settings, "bounds": bounds, "rows": {}}
         found["rows"]["before"] = [{"seed": 0, **self.row(base, self.best_guidance(base))}]
@@ -279,17 +283,23 @@ class Study:
             if seeds:
                 cfg = self.best_guidance(self.run(name, seeds[0]))
                 found["rows"][name] = [{"seed": seed, **self.row(self.run(name, seed), cfg)} for seed in seeds]
-            write_json(self.out / "study.json", found)
+        write_json(self.out / "study.json", found)
 
     def status(self) -> None:
         """What is done."""
-        stages = {"tokenizer": self.out / "tokenizer/metrics.jsonl", "codes": self.out / "codes/manifest.json"}
-        stages |= {"base": self.out / "base/metrics.jsonl", "reference": self.out / f"reference_{OFFLINE}.npz"}
-        for name, path in stages.items():
-            print(f"{name:>40}  {'there' if path.is_file() else 'to do'}")
+        for name in ("tokenizer", "base"):
+            print(f"{name:>40}  step {reached(self.out / name)}")
+        for name, path in {"codes": "codes/manifest.json", "reference": f"reference_{OFFLINE}.npz"}.items():
+            print(f"{name:>40}  {'there' if (self.out / path).is_file() else 'to do'}")
         for name, seed in self.jobs:
-            judged = "judged" if (self.out / f"judged/{self.run(name, seed).name}/row.json").is_file() else ""
-            print(f"{name:>40}  seed {seed}: step {self.step(name, seed)} of {self.steps(name)} {judged}")
+            rows = any(self.out.glob(f"judged/{self.run(name, seed).name}_cfg*/row.json"))
+            print(f"{name:>40}  seed {seed}: step {self.step(name, seed)} of {self.steps(name)}{' judged' * rows}")
+
+
+def reached(run: Path) -> int:
+    """The step of a run's newest checkpoint."""
+    found = checkpoints(run)
+    return step_of(found[-1]) if found else 0
 
 
 def write_images(images: Tensor, path: Path) -> None:
