@@ -87,14 +87,9 @@ def standard_error(values: list[float], digits: int) -> str:
 
 def table_of(found: dict[str, list[dict]], columns: dict[str, tuple[str, int]], cell: Cell = spread) -> str:
     """A line a variant, from the rows of its seeds; columns have titles and digits."""
-    lines = [
-        [
-            name,
-            *(
-                cell([row[c] for row in rows], d) if all(c in row for row in rows) else ""
-                for c, (_, d) in columns.items()
-            ),
-        ]
-        for name, rows in found.items()
-    ]
+
+    def cells(rows: list[dict]) -> list[str]:
+        return [cell([r[c] for r in rows], d) if all(c in r for r in rows) else "" for c, (_, d) in columns.items()]
+
+    lines = [[name, *cells(rows)] for name, rows in found.items()]
     return markdown(["", *(title for title, _ in columns.values())], lines)

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -26,6 +27,20 @@ from benchmarks.common import machine
 from evaluate import label_order
 from evaluate import run as evaluate
 from experiments.measures import measure, slug
+from experiments.plan_cifar10 import (
+    BOUNDS,
+    CHOOSING,
+    CLASSES,
+    FORCED,
+    GUIDANCES,
+    JUDGING,
+    MAIN,
+    OFFLINE,
+    PN,
+    SIDE,
+    SIZES,
+    VARIANTS,
+)
 from experiments.quickstart import launch
 from experiments.report_cifar10 import write_report
 from models.scales import ScaleSchedule
@@ -41,83 +56,6 @@ from utils.files import digest, read_json, read_tensor, save_array, write_json
 from utils.flags import parse
 from utils.log import git_state
 from utils.weights import load_tokenizer
-
-PN, SIDE, CLASSES = "1_2_3_4_6_8", 32, 10
-GUIDANCES = (0.0, 0.5, 1.0, 2.0)  # ramp
-CHOOSING, JUDGING = 1000, 0  # evaluation seeds: the guidance is chosen with the first, numbers come from the second
-OFFLINE = "efficientnet_lite0"
-BOUNDS = ("training photographs", "reconstructed training photographs", "reconstructed held-out photographs")
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much of everything."""
-
-    tokenizer: tuple[str, ...]
-    model: tuple[str, ...]
-    base: tuple[str, ...]  # teacher forcing to a plateau
-    further: int  # steps of every variant
-    lr: float  # of those, constant: where the base's schedule ends
-    seeds: int
-    samples: int  # judged images of each class
-    choosing: int  # images of each class to choose the guidance with
-    real: int  # held-out images of the reference
-    crops: int = 2  # of the code cache; CIFAR-10's views are an image and its mirror image
-
-
-SMALL_TOKENIZER = (
-    *("--base_width=32", "--width_mult", "1", "2", "2", "--res_blocks=1", "--z_channels=64"),
-    *("--codebook_size=512", "--codebook_dim=16", "--lr=2e-3", "--wpe=0.1"),
-)
-SIZES = {
-    "smoke": Size(
-        (*SMALL_TOKENIZER, "--bs=16", "--steps=4"), ("--depth=1", "--width=64", "--bs=16"),
-        ("--lr=1e-3", "--steps=3"), 2, 3e-4, 2, 1, 1, 40, crops=1,
-    ),
-    "cpu": Size(
-        (*SMALL_TOKENIZER, "--bs=32", "--steps=3000", "--usage_every=50"), ("--depth=4", "--width=128", "--bs=64"),
-        ("--lr=2e-3", "--wp=0.05", "--wpe=0.1", "--steps=6000"), 300, 2e-4, 3, 200, 50, 5000,
-    ),
-    "gpu": Size(
-        (*SMALL_TOKENIZER, "--bs=128", "--steps=5000"), ("--depth=8", "--width=512", "--bs=256"),
-        ("--lr=6e-4", "--wp=0.05", "--wpe=0.1", "--steps=6000"), 300, 6e-5, 3, 5000, 500, 10000,
-    ),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A way to go on from the base."""
-
-    flags: tuple[str, ...]
-    steps: int = 1  # times the steps of the others
-    lr: int = 1  # times their learning rate
-
-
-SAR, ALL = "--training_mode=csfl", ("--sf_top_k=0", "--sf_top_p=0")
-FORCED, GUIDED = ("--training_mode=teacher_forcing",), (SAR, "--rollout=cfg", *ALL)
-DRAWN = ("--rollout=sample", *ALL)
-MAIN = {
-    "TF continued": Variant(FORCED),
-    "SAR argmax": Variant((SAR, "--rollout=argmax")),
-    "SAR sampled": Variant((SAR, *DRAWN)),
-    "SAR guided": Variant(GUIDED),
-    "SF full": Variant(("--training_mode=sf_full", *DRAWN)),
-    "SF hybrid, from side 4": Variant(("--training_mode=sf_hybrid", "--sf_hybrid_from=4", *DRAWN)),
-    "TF continued, twice the steps": Variant(FORCED, steps=2),  # about the time of an SAR run
-}
-# One factor at a time around "SAR guided", stated before any result was known; and the other naive schedules.
-OTHERS = {
-    **{f"SAR guided, γ {gamma}": Variant((*GUIDED, f"--csf_weight={gamma}")) for gamma in (0.1, 1, 0.03, 0.003)},
-    "SAR guided, ground-truth target": Variant((*GUIDED, "--csf_target=ground_truth")),
-    "SAR guided, last transition": Variant((*GUIDED, "--ssr=last")),
-    "SAR guided, top-p 0.95": Variant((SAR, "--rollout=cfg", "--sf_top_k=0", "--sf_top_p=0.95")),
-    "SF alternate": Variant(("--training_mode=sf_alternate", *DRAWN)),
-    "SF interleave": Variant(("--training_mode=sf_interleave", *DRAWN)),
-    "TF continued, lr × 3": Variant(FORCED, lr=3),
-    "SAR guided, lr × 3": Variant(GUIDED, lr=3),
-}
-VARIANTS = {**MAIN, **OTHERS}
 
 
 class Study:
@@ -142,10 +80,6 @@ class Study:
 
     def steps(self, name: str) -> int:
         return self.size.further * VARIANTS[name].steps
-
-    def step(self, name: str, seed: int) -> int:
-        """How far a run is, by what it has saved."""
-        return reached(self.run(name, seed))
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -241,34 +175,37 @@ class Study:
 
     def best_guidance(self, run: Path) -> float:
         """The one of the smallest distance, with images that no table shows. Other seeds of a variant share it."""
-        sweep = f"--sweep_cfg={','.join(map(str, GUIDANCES))}"
-        directory = self.sampled(run, self.out / f"choice/{run.name}", self.size.choosing, CHOOSING, sweep)
-        reports = [read_json(path) for path in sorted(directory.glob("cfg*/report.json"))]
-        best = min(reports, key=lambda report: report[f"frechet_distance_{OFFLINE}"])
-        return best["settings"]["cfg"]
+        directory, each = self.out / f"choice/{run.name}", self.size.choosing
+
+        def choose() -> dict:
+            sweep = f"--sweep_cfg={','.join(map(str, GUIDANCES))}"
+            self.sampled(run, directory, each, CHOOSING, sweep)
+            reports = [read_json(path) for path in sorted(directory.glob("cfg*/report.json"))]
+            best = min(reports, key=lambda report: report[f"frechet_distance_{OFFLINE}"])
+            return {"guidance": best["settings"]["cfg"]}
+
+        return kept(directory / "choice.json", {"tried": list(GUIDANCES), "each": each, **saved(run)}, choose)[
+            "guidance"
+        ]
 
     def row(self, run: Path, cfg: float) -> dict:
-        """All numbers of one run; kept beside its samples' features, for these weights and this many samples."""
-        each, directory = self.size.samples, self.judged(run, cfg)
-        saved = digest(checkpoints(run)[-1] / "manifest.json")
-        wanted = {"run": str(run), "guidance": cfg, "each": each, "checkpoint": saved}
-        kept = directory / "row.json"
-        found = read_json(kept) if kept.is_file() else {}
-        if any(found.get(name) != value for name, value in wanted.items()):
+        """All numbers of one run; kept beside its samples' features."""
+        each, directory = self.size.samples, self.out / f"judged/{run.name}_cfg{cfg:g}"
+
+        def judge() -> dict:
             self.sampled(run, directory, each, JUDGING, f"--cfg={cfg}")
             pool, labels = pooled(directory), label_order(each * CLASSES, CLASSES, JUDGING)
             accuracy = float(self.classifier.score(pool, labels))
-            found = {**wanted, **scores(directory), **self.beside_reconstructions(pool), "accuracy": accuracy}
-            found |= measure(run, self.data)
-        if "inception" in self.features and "fid" not in found:
+            found = {**scores(directory), **self.beside_reconstructions(pool), "accuracy": accuracy}
+            return {**found, **measure(run, self.data)}
+
+        described = {"run": str(run), "guidance": cfg, "each": each, **saved(run)}
+        found = kept(directory / "row.json", described, judge)
+        if "inception" in self.features:
             again = self.out / f"judged_inception/{directory.name}"
             self.sampled(run, again, each, JUDGING, f"--cfg={cfg}", of="inception")
             found["fid"] = read_json(again / "report.json")["fid"]
-        write_json(kept, found)
         return found
-
-    def judged(self, run: Path, cfg: float) -> Path:
-        return self.out / f"judged/{run.name}_cfg{cfg:g}"
 
     def evaluate(self) -> None:
         """study.json, of every run that is finished, whatever was asked for in this call."""
@@ -279,7 +216,7 @@ class Study:
         found: dict[str, dict] = {"settings": settings, "bounds": bounds, "rows": {}}
         found["rows"]["before"] = [{"seed": 0, **self.row(base, self.best_guidance(base))}]
         for name in VARIANTS:
-            seeds = [seed for seed in range(100) if self.step(name, seed) >= self.steps(name)]
+            seeds = [seed for seed in range(100) if reached(self.run(name, seed)) >= self.steps(name)]
             if seeds:
                 cfg = self.best_guidance(self.run(name, seeds[0]))
                 found["rows"][name] = [{"seed": seed, **self.row(self.run(name, seed), cfg)} for seed in seeds]
@@ -293,7 +230,23 @@ class Study:
             print(f"{name:>40}  {'there' if (self.out / path).is_file() else 'to do'}")
         for name, seed in self.jobs:
             rows = any(self.out.glob(f"judged/{self.run(name, seed).name}_cfg*/row.json"))
-            print(f"{name:>40}  seed {seed}: step {self.step(name, seed)} of {self.steps(name)}{' judged' * rows}")
+            print(
+                f"{name:>40}  seed {seed}: step {reached(self.run(name, seed))} of {self.steps(name)}{' judged' * rows}"
+            )
+
+
+def kept(path: Path, described: dict, compute: Callable[[], dict]) -> dict:
+    """What `compute` found when all that it depends on was as `described`, or finds now."""
+    found = read_json(path) if path.is_file() else {}
+    if any(found.get(name) != value for name, value in described.items()):
+        found = {**described, **compute()}
+        write_json(path, found)
+    return found
+
+
+def saved(run: Path) -> dict[str, str]:
+    """Which weights a run ended with."""
+    return {"checkpoint": digest(checkpoints(run)[-1] / "manifest.json")}
 
 
 def reached(run: Path) -> int:

@@ -1,0 +1,100 @@
+"""The plan of the study on CIFAR-10: how much of everything, which variants, which claims."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PN, SIDE, CLASSES = "1_2_3_4_6_8", 32, 10
+GUIDANCES = (0.0, 0.5, 1.0, 2.0)  # ramp
+CHOOSING, JUDGING = 1000, 0  # evaluation seeds: the guidance is chosen with the first, numbers come from the second
+OFFLINE = "efficientnet_lite0"
+BOUNDS = ("training photographs", "reconstructed training photographs", "reconstructed held-out photographs")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    tokenizer: tuple[str, ...]
+    model: tuple[str, ...]
+    base: tuple[str, ...]  # teacher forcing to a plateau
+    further: int  # steps of every variant
+    lr: float  # of those, constant: where the base's schedule ends
+    seeds: int
+    samples: int  # judged images of each class
+    choosing: int  # images of each class to choose the guidance with
+    real: int  # held-out images of the reference
+    crops: int = 2  # of the code cache; CIFAR-10's views are an image and its mirror image
+
+
+SMALL_TOKENIZER = (
+    *("--base_width=32", "--width_mult", "1", "2", "2", "--res_blocks=1", "--z_channels=64"),
+    *("--codebook_size=512", "--codebook_dim=16", "--lr=2e-3", "--wpe=0.1"),
+)
+SIZES = {
+    "smoke": Size(
+        (*SMALL_TOKENIZER, "--bs=16", "--steps=4"), ("--depth=1", "--width=64", "--bs=16"),
+        ("--lr=1e-3", "--steps=3"), 2, 3e-4, 2, 1, 1, 40, crops=1,
+    ),
+    "cpu": Size(
+        (*SMALL_TOKENIZER, "--bs=32", "--steps=3000", "--usage_every=50"), ("--depth=4", "--width=128", "--bs=64"),
+        ("--lr=2e-3", "--wp=0.05", "--wpe=0.1", "--steps=6000"), 300, 2e-4, 3, 200, 50, 5000,
+    ),
+    "gpu": Size(
+        (*SMALL_TOKENIZER, "--bs=128", "--steps=5000"), ("--depth=8", "--width=512", "--bs=256"),
+        ("--lr=6e-4", "--wp=0.05", "--wpe=0.1", "--steps=6000"), 300, 6e-5, 3, 5000, 500, 10000,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to go on from the base."""
+
+    flags: tuple[str, ...]
+    steps: int = 1  # times the steps of the others
+    lr: int = 1  # times their learning rate
+
+
+SAR, ALL = "--training_mode=csfl", ("--sf_top_k=0", "--sf_top_p=0")
+FORCED, GUIDED = ("--training_mode=teacher_forcing",), (SAR, "--rollout=cfg", *ALL)
+DRAWN = ("--rollout=sample", *ALL)
+MAIN = {
+    "TF continued": Variant(FORCED),
+    "SAR argmax": Variant((SAR, "--rollout=argmax")),
+    "SAR sampled": Variant((SAR, *DRAWN)),
+    "SAR guided": Variant(GUIDED),
+    "SF full": Variant(("--training_mode=sf_full", *DRAWN)),
+    "SF hybrid, from side 4": Variant(("--training_mode=sf_hybrid", "--sf_hybrid_from=4", *DRAWN)),
+    "TF continued, twice the steps": Variant(FORCED, steps=2),  # about the time of an SAR run
+}
+# One factor at a time around "SAR guided", stated before any result was known; and the other naive schedules.
+OTHERS = {
+    **{f"SAR guided, γ {gamma}": Variant((*GUIDED, f"--csf_weight={gamma}")) for gamma in (0.1, 1, 0.03, 0.003)},
+    "SAR guided, ground-truth target": Variant((*GUIDED, "--csf_target=ground_truth")),
+    "SAR guided, last transition": Variant((*GUIDED, "--ssr=last")),
+    "SAR guided, top-p 0.95": Variant((SAR, "--rollout=cfg", "--sf_top_k=0", "--sf_top_p=0.95")),
+    "SF alternate": Variant(("--training_mode=sf_alternate", *DRAWN)),
+    "SF interleave": Variant(("--training_mode=sf_interleave", *DRAWN)),
+    "TF continued, lr × 3": Variant(FORCED, lr=3),
+    "SAR guided, lr × 3": Variant(GUIDED, lr=3),
+}
+VARIANTS = {**MAIN, **OTHERS}
+
+# What the paper says, as "the first one's distance is below the second one's". Stated before any result was known.
+CLAIMS = {
+    "SAR beats equally many further teacher-forcing steps (Tables 4, 5)": ("SAR guided", "TF continued"),
+    "SAR beats twice as many teacher-forcing steps, of about its time": ("SAR guided", "TF continued, twice the steps"),
+    "argmax SAR beats equally many teacher-forcing steps (Table 5)": ("SAR argmax", "TF continued"),
+    "sampled SAR beats equally many teacher-forcing steps (Table 5)": ("SAR sampled", "TF continued"),
+    "guided rollouts beat argmax (Table 5)": ("SAR guided", "SAR argmax"),
+    "guided rollouts beat sampled ones (Table 5)": ("SAR guided", "SAR sampled"),
+    "sampled rollouts beat argmax (Table 5)": ("SAR sampled", "SAR argmax"),
+    "naive student forcing, full, is worse than teacher forcing (Table 3)": ("TF continued", "SF full"),
+    "naive student forcing, hybrid, is worse than teacher forcing (Table 3)": (
+        "TF continued",
+        "SF hybrid, from side 4",
+    ),
+    "naive student forcing, alternate, is worse than teacher forcing (Table 3)": ("TF continued", "SF alternate"),
+    "naive student forcing, interleaved, is worse than teacher forcing (Table 3)": ("TF continued", "SF interleave"),
+}
