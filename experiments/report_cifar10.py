@@ -141,13 +141,14 @@ def draw_curves(found: Rows, out: Path) -> None:
         if name != "before":
             steps, values = read_metrics(Path(rows[0]["run"]), "val/loss")
             more[name] = (start[0] + steps, start[1] + values)
-    mild = {name: curve for name, curve in more.items() if not name.startswith("SF")}
-    panels = {"teacher forcing from scratch": {"base": base}, "further steps": more, "without student forcing": mild}
+    far = {name: more.pop(name) for name in list(more) if name.startswith("SF") or "γ" in name}
+    panels = {"teacher forcing from scratch": {"base": base}, "further steps": more, "further steps, far off": far}
+    panels = {title: curves for title, curves in panels.items() if curves}
     plot_curves(panels, ("step", "held-out NLL, nats per token"), out / "curves.png")
 
 
-def draw_samples(found: Rows, out: Path, each: int = 6) -> None:
-    """A column of `each` a class: the first seeds of some variants, at their guidance, from equal seeds."""
+def draw_samples(found: Rows, out: Path, each: int = 10) -> None:
+    """A row of `each` a class: the first seeds of some variants, at their guidance, from equal seeds."""
     pictures, captions = [], []
     for name in (n for n in SHOWN if n in found):
         row = found[name][0]
@@ -160,7 +161,7 @@ def draw_samples(found: Rows, out: Path, each: int = 6) -> None:
         pictures.append(picture)
         captions.append(name)
     if pictures:
-        captioned_grid(pictures, captions, columns=len(pictures), cell=2 * pictures[0].width).save(out / "samples.png")
+        captioned_grid(pictures, captions, columns=len(pictures), cell=pictures[0].width).save(out / "samples.png")
 
 
 def draw_trajectory(found: Rows, out: Path) -> None:
