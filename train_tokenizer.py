@@ -15,7 +15,7 @@ from pretrained.download import offer
 from utils.checkpoint import checkpoints
 from utils.codebook import CodebookUse, histogram, perplexity, revive, usage
 from utils.config_tokenizer import TokenizerTrainConfig
-from utils.data import Views, check_dataset, open_splits
+from utils.data import Views, check_dataset, evenly, open_splits
 from utils.distributed import Ranks, data_parallel
 from utils.flags import parse
 from utils.learner import Metrics
@@ -135,7 +135,7 @@ class TokenizerTrainer(Loop):
         """Held-out images (or training images, when there are none) over their reconstructions, side by side."""
         source = self.val_set or self.train_set
         n = min(self.config.watch.vis_num_samples, len(source))
-        images = torch.stack([source[0, i * len(source) // n][0] for i in range(n)]).to(self.ranks.device)
+        images = torch.stack([source[0, i][0] for i in evenly(n, len(source))]).to(self.ranks.device)
         model, rows = self.averaged if self.config.watch.vis_ema else self.model, [images]
         with evaluating(model):
             latent = model.encode(images)

@@ -48,7 +48,7 @@ from models.vqvae import to_bytes
 from utils.checkpoint import checkpoints, step_of
 from utils.config import DataConfig
 from utils.config_sampling import EvalConfig
-from utils.data import open_dataset
+from utils.data import open_dataset, plain_images
 from utils.distributed import alone
 from utils.evaluations.c2i.images import write_npz
 from utils.evaluations.c2i.metrics import Statistics, frechet_distance, precision_recall
@@ -110,10 +110,7 @@ class Study:
 
     def photographs(self, split: str, n: int) -> tuple[Tensor, Tensor]:
         """Images (N, 3, H, W), not augmented and evenly over the split, and their classes."""
-        views = open_dataset(self.data, SIDE, 0, split)
-        views.training, n = False, min(n, len(views))
-        pairs = [views[0, i * len(views) // n] for i in range(n)]
-        return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+        return plain_images(open_dataset(self.data, SIDE, 0, split), n)
 
     def bounds(self, kind: str) -> Path:
         """Photographs judged as samples are: "training" ones, or "held-out" ones, as they are or "reconstructed"."""
@@ -125,7 +122,9 @@ class Study:
                 with torch.no_grad():
                     images = torch.cat([vae.decode(vae.codes(vae.encode(p), side), side) for p in images.split(100)])
             write_images(images, path)
-        return self.judge(directory, f"--samples={path}", f"--reference={self.reference(OFFLINE)}")
+        if not (directory / "report.json").is_file():  # written last
+            self.judge(directory, f"--samples={path}", f"--reference={self.reference(OFFLINE)}")
+        return directory
 
     def reference(self, features: str) -> Path:
         """Statistics of held-out photographs."""
@@ -184,9 +183,8 @@ class Study:
             best = min(reports, key=lambda report: report[f"frechet_distance_{OFFLINE}"])
             return {"guidance": best["settings"]["cfg"]}
 
-        return kept(directory / "choice.json", {"tried": list(GUIDANCES), "each": each, **saved(run)}, choose)[
-            "guidance"
-        ]
+        described = {"tried": list(GUIDANCES), "each": each, **saved(run)}
+        return kept(directory / "choice.json", described, choose)["guidance"]
 
     def row(self, run: Path, cfg: float) -> dict:
         """All numbers of one run; kept beside its samples' features."""
@@ -229,10 +227,9 @@ class Study:
         for name, path in {"codes": "codes/manifest.json", "reference": f"reference_{OFFLINE}.npz"}.items():
             print(f"{name:>40}  {'there' if (self.out / path).is_file() else 'to do'}")
         for name, seed in self.jobs:
-            rows = any(self.out.glob(f"judged/{self.run(name, seed).name}_cfg*/row.json"))
-            print(
-                f"{name:>40}  seed {seed}: step {reached(self.run(name, seed))} of {self.steps(name)}{' judged' * rows}"
-            )
+            run = self.run(name, seed)
+            judged = "judged" if any(self.out.glob(f"judged/{run.name}_cfg*/row.json")) else ""
+            print(f"{name:>40}  seed {seed}: step {reached(run)} of {self.steps(name)} {judged}")
 
 
 def kept(path: Path, described: dict, compute: Callable[[], dict]) -> dict:

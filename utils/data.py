@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -180,6 +181,19 @@ def open_splits(config: DataConfig, size: int, seed: int, directory: Path) -> tu
     """Both parts of a data set, for a run that writes to `directory`."""
     train, val = (open_dataset(config, size, seed, split, directory) for split in ("train", "val"))
     return train, val
+
+
+def evenly(n: int, total: int) -> list[int]:
+    """n places, evenly over a split of `total` images: the first of class folders would be of the first classes."""
+    return [i * total // n for i in range(n)]
+
+
+def plain_images(views: Views, n: int) -> tuple[Tensor, Tensor]:
+    """At most n images (N, 3, size, size), not augmented and evenly over the split, and their labels (N,)."""
+    plain = copy(views)
+    plain.training = False
+    pairs = [plain[0, i] for i in evenly(min(n, len(plain)), len(plain))]
+    return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
 
 
 # --------------------------------------------------------------------------------------------------- order

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from models.sampling import evaluating
 from utils.checkpoint import SaveError
-from utils.data import StepSampler, Views, make_loader
+from utils.data import StepSampler, Views, evenly, make_loader
 from utils.distributed import Ranks, alone, ranks
 from utils.files import write_json
 from utils.images import BadImage
@@ -171,12 +171,9 @@ class Loop(Learner):
 
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:
-        """`held_out_losses` over `eval_images` held-out images, shared out among the ranks.
-
-        They lie evenly over the split: the first ones of sorted class folders would be of the first classes.
-        """
+        """`held_out_losses` over `eval_images` held-out images, evenly over the split, shared out among the ranks."""
         n = self.held_out_images
-        mine = [i * len(self.val_set) // n for i in range(self.ranks.rank, n, self.ranks.world)]
+        mine = evenly(n, len(self.val_set))[self.ranks.rank :: self.ranks.world]
         keys = [[(0, i) for i in mine[a : a + self.micro_batch]] for a in range(0, len(mine), self.micro_batch)]
         sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.ranks.device))
         with evaluating(self.model):

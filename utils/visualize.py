@@ -20,7 +20,7 @@ from models.pipeline import SARPipeline, open_pipeline, to_pil
 from models.sampling import Draw, evaluating, image_uniforms, walk
 from models.scales import shift_all, shift_up
 from utils.config import DataConfig
-from utils.data import encode_batch, open_dataset
+from utils.data import encode_batch, open_dataset, plain_images
 from utils.pictures import captioned_grid, coarse_to_fine, plot_curves, read_metrics
 from utils.tables import markdown
 
@@ -52,10 +52,7 @@ class HeldOut:
         views = open_dataset(data, schedule.sides[-1] * vae.config.factor, 0, split)
         if views is None:
             raise ValueError(f"{args.data_path} has no val/ to take held-out images from")
-        views.training = False
-        n = min(args.n, len(views))
-        pairs = [views[0, i * len(views) // n] for i in range(n)]
-        images, labels = torch.stack([p[0] for p in pairs]), torch.tensor([p[1] for p in pairs])
+        images, labels = plain_images(views, args.n)
         tokens = encode_batch(vae, images, labels, schedule, supervision).tokens(schedule)
         return cls(pipeline, images, labels, tokens)
 

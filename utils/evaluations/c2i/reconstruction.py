@@ -17,6 +17,7 @@ from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 from models.vqvae import VQVAE, to_bytes
 from utils.codebook import histogram, perplexity, usage
 from utils.config_sampling import EvalConfig
+from utils.data import evenly
 from utils.distributed import Ranks
 from utils.evaluations.c2i.features import Extractor
 from utils.evaluations.c2i.images import ImageSource, describe_images, open_images
@@ -134,7 +135,7 @@ def side_table(quality: np.ndarray, files: Sequence[Path], vae: VQVAE, sides: tu
 def reconstructed_picture(reconstructed: Reconstructed) -> Tensor:
     """A few images over their reconstructions, from the finest side to the coarsest (3, H, W) in [0, 1]."""
     n = min(SHOWN, len(reconstructed))
-    spread = [i * len(reconstructed) // n for i in range(n)]
+    spread = evenly(n, len(reconstructed))
     originals = torch.cat([reconstructed.source.batch(range(i, i + 1)) for i in spread])
     made = reconstructed.at_every_side(originals)[1]
     rows = [F.interpolate(x.float(), originals.shape[-2:], mode="nearest") for x in (originals, *reversed(made))]
