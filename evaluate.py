@@ -21,6 +21,7 @@ from models.sampling import Draw, Guidance, sample_codes
 from models.vqvae import to_bytes
 from utils.config_sampling import EvalConfig
 from utils.distributed import Ranks, ranks
+from utils.entry import check_output_directory, check_output_file, entry, refuse_inside
 from utils.evaluations.c2i.features import Extractor, make_extractor
 from utils.evaluations.c2i.images import Resized, describe_images, open_images, write_npz
 from utils.evaluations.c2i.reconstruction import evaluate_reconstructions
@@ -31,7 +32,7 @@ from utils.files import read_json, save_array, write_json
 from utils.flags import parse
 from utils.log import versions
 from utils.optim import Precision, derive_seed
-from utils.weights import digest_of
+from utils.weights import digest_of, find_weights
 
 
 def label_order(total: int, classes: int, seed: int) -> Tensor:
@@ -141,7 +142,7 @@ def evaluate_files(
     config: EvalConfig, extractor: Extractor, reference: Reference | None, me: Ranks, directory: Path
 ) -> dict[str, object]:
     """Samples that are there: an npz or a folder."""
-    source = open_images(config.samples, config.image_size)
+    source = open_images(config.samples, config.image_size, config.seed)
     if len(source) < config.expect:
         raise ValueError(f"{config.samples} holds {len(source)} images, fewer than --expect {config.expect}")
     described = describe_images(config.samples, config, extractor)
@@ -155,8 +156,28 @@ def evaluate_files(
     return {**score(store, extractor, reference, config), "settings": described}
 
 
+def prepare(config: EvalConfig, me: Ranks) -> SARPipeline | None:
+    """Checks all that is cheap before anything is fetched or computed, and opens the model that is to be sampled."""
+    directory, tokenizer = Path(config.out_dir), config.vae_ckpt or "pretrained/FlexVAE.pth"
+    config.check_sources()
+    refuse_inside(directory, "--out_dir", config.samples, config.reconstruct, config.reference)
+    pipeline = None
+    if config.reconstruct:
+        find_weights(tokenizer)
+    elif not config.samples:
+        pipeline = open_pipeline(config.ckpt, config.vae_ckpt, config.pn, config.use_ema).to(me.device)
+        config.check_model(pipeline.model.fills_first_side)
+        Generated(pipeline, config, *config.settings()[0])
+    check_output_directory(directory, "--out_dir")
+    if config.make_reference:
+        check_output_file(config.make_reference, "--make_reference")
+    if me.first:
+        write_json(directory / "config.json", asdict(config))
+    return pipeline
+
+
 def run(config: EvalConfig, me: Ranks) -> None:
-    directory = Path(config.out_dir)
+    directory, pipeline, view = Path(config.out_dir), prepare(config, me), None
     extractor = make_extractor(config.features, config.inception_weights, me.device)
     common = {"features": extractor.name, "versions": versions(me)}
     if config.reconstruct:
@@ -164,13 +185,8 @@ def run(config: EvalConfig, me: Ranks) -> None:
         return write_report(report, directory) if me.first else None
     default = str(IMAGENET) if config.features == "inception" and not config.make_reference else "none"
     common["reference"] = config.reference or default
-    pipeline, view = None, None
-    if not config.samples:
-        pipeline = open_pipeline(config.ckpt, config.vae_ckpt, config.pn, config.use_ema).to(me.device)
-        Generated(pipeline, config, *config.settings()[0])  # wrong requests fail here, before any work
-        if config.eval_scale:
-            side = config.eval_scale * pipeline.vae.config.factor
-            view = partial(Resized, side=side)
+    if pipeline is not None and config.eval_scale:
+        view = partial(Resized, side=config.eval_scale * pipeline.vae.config.factor)
     reference = None
     if not config.make_reference:
         reference = load_reference(config, extractor, chunk_size(config, me), me, directory / "reference", view)
@@ -191,14 +207,13 @@ def run(config: EvalConfig, me: Ranks) -> None:
     return None
 
 
+@entry
 def main() -> None:
     config = parse(EvalConfig, description=__doc__)
-    with ranks() as me, me.user_errors():
+    with ranks() as me:
         if me.device.type == "cpu":
             # Convolutions differ in the last digits with the number of threads: the same one, however many ranks.
             torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-        if me.first:
-            write_json(Path(config.out_dir) / "config.json", asdict(config))
         run(config, me)
 
 

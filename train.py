@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
 from models.flexvar import FlexVAR
 from models.hybrid import transformer_config
+from models.pipeline import class_names
+from models.scales import DEFAULT_SCHEDULE
 from models.vqvae import VQVAE
 from pretrained.download import offer
 from sar_trainer import SARTrainer
@@ -19,17 +23,19 @@ from utils.code_cache import open_cache, read_manifest
 from utils.config import TrainConfig
 from utils.data import check_dataset, open_splits
 from utils.distributed import Ranks
-from utils.flags import parse
+from utils.entry import entry, notice, refuse_inside
+from utils.flags import changed, parse
 from utils.loop import start
 from utils.optim import derive_seed
-from utils.weights import find_weights, flexvar_config, load_strictly, load_tokenizer, read_state_dict
+from utils.run_record import find_run
+from utils.weights import digest_of, find_weights, flexvar_config, load_strictly, load_tokenizer, read_state_dict
 
 TRAINERS = {"teacher_forcing": Trainer, "csfl": SARTrainer, **STUDENT_FORCING}
 
 
-def build_model(config: TrainConfig, vae: VQVAE, data_classes: int) -> FlexVAR:
+def build_model(config: TrainConfig, vae: VQVAE, classes_of_data: list[str]) -> FlexVAR:
     """The transformer, from --init_ckpt when there is one and the run has no checkpoint of its own yet."""
-    wanted = config.model
+    wanted, data_classes = config.model, len(classes_of_data)
     before = last_facts(config.run.directory)  # a run that goes on reads its own weights: see `Loop.resume`
     weights = read_state_dict(wanted.init_ckpt) if wanted.init_ckpt and not before else None
     saved_classes = flexvar_config(weights, wanted.init_ckpt).num_classes if weights else before.get("model_classes", 0)
@@ -38,6 +44,8 @@ def build_model(config: TrainConfig, vae: VQVAE, data_classes: int) -> FlexVAR:
     if data_classes > classes:
         hint = ": --reset_class_embedding gives it new ones" if saved_classes == classes and weights else ""
         raise ValueError(f"the data has {data_classes} classes, the model only {classes}{hint}")
+    if weights:
+        check_init(config, vae, class_names(classes_of_data, classes)[:data_classes])
     if data_classes < classes:
         warnings.warn(f"the data's {data_classes} classes take the ids 0…{data_classes - 1} of {classes}", stacklevel=2)
     torch.manual_seed(derive_seed("init", config.run.seed))
@@ -66,33 +74,74 @@ def build_model(config: TrainConfig, vae: VQVAE, data_classes: int) -> FlexVAR:
     return model
 
 
+def check_init(config: TrainConfig, vae: VQVAE, names: list[str]) -> None:
+    """Compares the run that --init_ckpt belongs to, if it is one, with this one.
+
+    Raises ValueError for other classes, or another tokenizer unless --vae_ckpt named it: then that is a warning.
+    """
+    wanted, run = config.model, find_run(config.model.init_ckpt)
+    if run is None:
+        return
+    known = (run.class_names or names)[: len(names)]
+    if known != names and not wanted.reset_class_embedding and not config.run.allow_change:
+        old, new = next(pair for pair in zip_longest(known, names) if pair[0] != pair[1])
+        raise ValueError(
+            f"{run.directory} was trained on other classes ({old} where the data has {new}): "
+            "--reset_class_embedding draws them anew, --allow_change keeps them"
+        )
+    if run.tokenizer_sha256 not in ("", digest_of(vae)):
+        other = f"{wanted.vae_ckpt} is not the tokenizer that {run.directory} was trained on"
+        if not changed(wanted, ["vae_ckpt"]):
+            raise ValueError(f"{other} (its SHA-256 is another): give --vae_ckpt {run.tokenizer}")
+        warnings.warn(f"{other}: its codes mean something else", stacklevel=2)
+
+
+def with_sides(config: TrainConfig) -> TrainConfig:
+    """The config with the scales that --pn leaves open: those of the tokenizer's run, or the default ones."""
+    if config.model.pn:
+        return config
+    run = find_run(config.model.vae_ckpt)
+    schedule = (run and run.schedule) or DEFAULT_SCHEDULE
+    pn = "_".join(map(str, schedule.sides))
+    if run and run.schedule:
+        notice(f"scales {pn}, those of the tokenizer's run {run.directory}")
+    return replace(config, model=replace(config.model, pn=pn))
+
+
 def check(config: TrainConfig) -> None:
-    """Whether the files that the flags name are there; released weights that are not can be fetched."""
-    if config.speed.code_cache:
-        read_manifest(Path(config.speed.code_cache))
-    else:
-        check_dataset(config.data)
+    """Checks that the files that the flags name are there; released weights that are not can be fetched."""
     init = "" if last_facts(config.run.directory) else config.model.init_ckpt
     for path in filter(None, (config.model.vae_ckpt, init)):
         offer(path)
         find_weights(path)
+    with_sides(config)
+    if config.speed.code_cache:
+        read_manifest(Path(config.speed.code_cache))
+    else:
+        check_dataset(config.data)
 
 
 def build(config: TrainConfig, me: Ranks) -> Trainer:
     """Tokenizer, data, model and trainer, at the run's newest checkpoint if it has one."""
+    config = with_sides(config)
     vae, wanted, encode = load_tokenizer(config.model.vae_ckpt), config.model, None
     size = wanted.scales.sides[-1] * vae.config.factor
     if config.speed.code_cache:
         train_set, val_set = open_cache(Path(config.speed.code_cache), vae, wanted.supervision, size)
         encode = train_set.code_batch
     else:
+        for split in ("train", "val"):
+            refuse_inside(config.run.directory, "--out_dir", Path(config.data.data_path or "/dev/null", split))
         train_set, val_set = open_splits(config.data, size, config.run.seed, config.run.directory)
-    model = build_model(config, vae, len(train_set.classes))
+    if val_set is None and config.watch.eval_every:
+        raise ValueError("--eval_every has no effect: the data have no val/ to hold out")
+    model = build_model(config, vae, train_set.classes)
     trainer = TRAINERS[config.sar.training_mode](config, model, vae, train_set, val_set, me, encode)
     trainer.resume()
     return trainer
 
 
+@entry
 def main() -> None:
     start(parse(TrainConfig, description=__doc__), build, check)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from utils.codebook import CodebookUse, histogram, perplexity, revive, usage
 from utils.config_tokenizer import TokenizerTrainConfig
 from utils.data import Views, check_dataset, evenly, open_splits
 from utils.distributed import Ranks, data_parallel
+from utils.entry import entry, refuse_inside
 from utils.flags import parse
 from utils.learner import Metrics
 from utils.loop import Loop, start
@@ -175,6 +177,8 @@ def build(config: TokenizerTrainConfig, me: Ranks) -> TokenizerTrainer:
             f"--pn ends at {wanted.scales.sides[-1]}, but {wanted.image_size} pixels "
             f"make {wanted.image_size / vae.config.factor:g} latents a side"
         )
+    for split in ("train", "val"):
+        refuse_inside(config.run.directory, "--out_dir", Path(config.data.data_path or "/dev/null", split))
     train_set, val_set = open_splits(config.data, wanted.image_size, config.run.seed, config.run.directory)
     trainer = TokenizerTrainer(config, vae, train_set, val_set, me)
     trainer.resume()
@@ -190,6 +194,7 @@ def check(config: TokenizerTrainConfig) -> None:
     make_perceptual(config.loss.perceptual, config.loss.perceptual_weights)  # fetched once, before ranks ask for it
 
 
+@entry
 def main() -> None:
     start(parse(TokenizerTrainConfig, description=__doc__), build, check)
 

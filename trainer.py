@@ -6,7 +6,6 @@ Legend: B batch, L tokens of a schedule, V codebook rows, D codebook width.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable
 from functools import cached_property, partial
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from models.flexvar import FlexVAR, Task
 from models.head import Look, head_losses
 from models.layers import kernel_for
-from models.pipeline import default_names
+from models.pipeline import class_names
 from models.sampling import Guidance, generate
 from models.scales import ScaleSchedule, draw_schedule, shift_all
 from models.vqvae import VQVAE
@@ -26,6 +25,7 @@ from utils.distributed import Ranks, shard
 from utils.learner import Metrics
 from utils.loop import Loop
 from utils.pictures import grid, spread_labels, square
+from utils.run_record import describe_tokenizer
 from utils.weights import digest_of
 
 Encode = Callable[[Tensor, Tensor, ScaleSchedule], CodeBatch]  # what a data set yields, class ids, the step's scales
@@ -78,6 +78,7 @@ class Trainer(Loop):
         return {
             **super().described(),
             "class_names": class_names(self.train_set.classes, self.model.config.num_classes),
+            "tokenizer": describe_tokenizer(self.config.model.vae_ckpt, self.tokenizer, self.directory),
         }
 
     def micro_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
@@ -174,17 +175,10 @@ class Trainer(Loop):
         parts = [
             f"{self.config.sar.training_mode}: {type(self.model).__name__}-d{self.model.config.depth}, "
             f"{parameters / 1e6:.1f} M parameters",
-            f"attention by {kernel[0] if kernel else 'PyTorch'}",
+            f"attention by {kernel.name if kernel else 'PyTorch'}",
             f"codes from {speed.code_cache}" if speed.code_cache else "images encoded on the fly",
             *(["blocks compiled"] if speed.compile else []),
             *(["activations checkpointed"] if speed.checkpoint_activations else []),
             *(["sharded over the ranks"] if self.sharded else []),
         ]
         return ", ".join(parts)
-
-
-def class_names(folders: list[str], num_classes: int) -> list[str]:
-    """Names for the samples' captions: the data's, or ImageNet's when the folders are its synsets."""
-    if len(folders) == num_classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in folders):
-        return default_names(num_classes)
-    return folders + [str(i) for i in range(len(folders), num_classes)]

@@ -5,8 +5,6 @@ python -m benchmarks.attention --batch 2 --heads 16
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +13,8 @@ from benchmarks.common import Ruler, show
 from models import ScaleSchedule
 from models.layers import ScaleCausalAttention, attend
 from utils.distributed import alone
+from utils.entry import entry
+from utils.flags import Parser, whole
 
 SCHEDULES = ["1_2_3_4_5_6_8_10", "1_2_3_4_5_6_8_10_13", "1_2_3_4_5_6_8_10_13_16", "1_2_3_5_7_9_12_16"]
 
@@ -27,11 +27,12 @@ def dense(schedule: ScaleSchedule, device: torch.device):
     return lambda q, k, v: attend(q, k, v, mask)
 
 
+@entry
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser = Parser(__doc__, prog="python -m benchmarks.attention")
+    parser.add_argument("--batch", type=whole(1), default=2)
+    parser.add_argument("--heads", type=whole(1), default=16)
+    parser.add_argument("--repeats", type=whole(1), default=15)
     args = parser.parse_args()
     device = alone().device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

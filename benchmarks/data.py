@@ -5,7 +5,6 @@ python -m benchmarks.data
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -18,7 +17,9 @@ from utils.code_cache import LABELS, MANIFEST, VERSION, CodeCache
 from utils.config import DataConfig
 from utils.data import StepSampler, make_loader, open_dataset
 from utils.distributed import alone
+from utils.entry import entry
 from utils.files import digest, save_array, write_sealed
+from utils.flags import Parser, whole
 
 
 def write_cache(directory: Path, images: int, shard: int = 512, crops: int = 10) -> CodeCache:
@@ -33,7 +34,8 @@ def write_cache(directory: Path, images: int, shard: int = 512, crops: int = 10)
     save_array(directory / "train" / LABELS, rng.integers(0, 1000, images))
     labels = digest(directory / "train" / LABELS)
     part = {"images": images, "crops": crops, "shard_images": shard, "labels_sha256": labels, "shards": shards}
-    manifest = {"version": VERSION, "classes": [], "sides": list(range(1, 17)), "splits": {"train": part}}
+    record = {"dataset": "folder", "augment": "crop", "seed": 0, "images_sha256": {"train": ""}}
+    manifest = {**record, "version": VERSION, "classes": [], "sides": list(range(1, 17)), "splits": {"train": part}}
     write_sealed(directory / MANIFEST, manifest)
     return CodeCache(directory, "train")
 
@@ -58,11 +60,12 @@ def speed(dataset, batch: int, workers: int, batches: int) -> float:
     return batches * batch / (time.perf_counter() - began)
 
 
+@entry
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=20_000, help="of the cache, with ten crops each")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser = Parser(__doc__, prog="python -m benchmarks.data")
+    parser.add_argument("--images", type=whole(1), default=20_000, help="of the cache, with ten crops each")
+    parser.add_argument("--batch", type=whole(1), default=256)
+    parser.add_argument("--workers", type=whole(0), nargs="+", default=[0, 2])
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as directory:

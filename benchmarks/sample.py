@@ -16,7 +16,11 @@ from benchmarks.common import DECODE_FLOPS, Clock, Ruler, forward_flops, peak_me
 from models import VQVAE, FlexVAR, FlexVARConfig, Guidance, ScaleSchedule, generate, sampling
 from models.sampling import sample_tokens
 from utils.distributed import alone
+from utils.entry import entry
+from utils.flags import Parser, whole
 from utils.optim import Precision
+
+DEFAULT = "1_2_3_4_5_6_8_10_13_16"
 
 
 def sort_everything(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -77,15 +81,18 @@ def image_rows(args: argparse.Namespace, device: torch.device) -> list[dict[str,
     return rows
 
 
+@entry
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[4])
-    parser.add_argument("--depth", type=int, nargs="+", default=[16])
-    parser.add_argument("--pn", default="1_2_3_4_5_6_8_10_13_16")
+    parser = Parser(__doc__, prog="python -m benchmarks.sample")
+    parser.add_argument("--batch", type=whole(1), nargs="+", default=[4])
+    parser.add_argument("--depth", type=whole(1), nargs="+", default=[16])
+    parser.add_argument("--pn", default=DEFAULT)
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
     parser.add_argument("--sampler", action="store_true", help="the token sampler alone")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=whole(1), default=3)
     args = parser.parse_args()
+    if args.sampler and (args.batch, args.depth, args.pn, args.precision) != ([4], [16], DEFAULT, "auto"):
+        parser.error("--batch, --depth, --pn and --precision have no effect with --sampler")
     device = alone().device
     if args.sampler:
         show("sampler, top-k 900, top-p 0.95, 8912 tokens", sampler_rows(device, max(args.repeats, 10)))

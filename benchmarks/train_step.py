@@ -32,7 +32,8 @@ from utils.code_cache import build as build_cache
 from utils.config import DataConfig, TrainConfig
 from utils.data import CodeBatch
 from utils.distributed import alone
-from utils.flags import parse
+from utils.entry import entry
+from utils.flags import Parser, parse, whole
 from utils.weights import save_weights
 
 DEFAULT = "1_2_3_4_5_6_8_10_13_16"
@@ -147,10 +148,11 @@ def measure(args: argparse.Namespace, depth: int, batch: int, pn: str) -> dict[s
         return {**row, **(parts_of(trainer, batches, args.repeats) if args.parts else {})}
 
 
+@entry
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[2])
-    parser.add_argument("--depth", type=int, nargs="+", default=[16])
+    parser = Parser(__doc__, prog="python -m benchmarks.train_step")
+    parser.add_argument("--batch", type=whole(1), nargs="+", default=[2])
+    parser.add_argument("--depth", type=whole(1), nargs="+", default=[16])
     parser.add_argument("--pn", nargs="+", default=[DEFAULT])
     parser.add_argument("--mode", default="csfl", choices=["csfl", "teacher_forcing"])
     parser.add_argument("--ssr", default="all", choices=["all", "last"])
@@ -159,10 +161,12 @@ def main() -> None:
     parser.add_argument("--cached", action="store_true", help="from a code cache instead of images")
     parser.add_argument("--plain", action="store_true", help="the slow form, to compare with")
     parser.add_argument("--parts", action="store_true", help="also the seconds of each part")
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workers", type=whole(0), default=0)
+    parser.add_argument("--repeats", type=whole(1), default=3)
     parser.add_argument("--flags", nargs="*", default=[], help="more flags of train.py: --flags=--compile")
     args = parser.parse_args()
+    if args.mode == "teacher_forcing" and (args.ssr, args.rollout) != ("all", "cfg"):
+        parser.error("--ssr and --rollout have no effect without --mode csfl")
     rows = [measure(args, *setting) for setting in product(args.depth, args.batch, args.pn)]
     show(f"train_step {args.mode} {args.ssr} {args.rollout}{' cached' * args.cached}{' plain' * args.plain}", rows)
 

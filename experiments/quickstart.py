@@ -7,7 +7,6 @@ Every stage is one call of the project's own entries under torchrun; a finished 
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import subprocess
@@ -26,8 +25,10 @@ from torch import Tensor
 from models import Guidance, ScaleSchedule, generate
 from utils.config import DataConfig
 from utils.data import open_dataset
+from utils.entry import check_output_directory, entry
 from utils.evaluations.c2i import Statistics, frechet_distance
 from utils.files import write_json
+from utils.flags import Parser, whole
 from utils.optim import derive_seed
 from utils.pictures import grid, plot_curves, read_metrics, save_picture
 from utils.tokenizer_loss import resize_to
@@ -74,7 +75,8 @@ def launch(command: list[str], processes: int = 0) -> float:
 def run_stage(name: str, entry: str, flags: list[str], steps: int, out: Path, processes: int = 0) -> tuple[Path, float]:
     """One training run of `steps` steps in out/name. Returns its directory and its seconds."""
     directory = out / name
-    command = [entry, *DATA, f"--seed={SEED}", *flags, f"--steps={steps}"]
+    cached = any(flag.startswith("--code_cache") for flag in flags)
+    command = [entry, *(["--workers=0"] if cached else DATA), f"--seed={SEED}", *flags, f"--steps={steps}"]
     command += [f"--out_dir={directory}", f"--exp_name={name}", f"--save_every_steps={steps}"]
     return directory, launch([*command, "--log_every=25", "--eval_images=497"], processes)
 
@@ -204,15 +206,24 @@ def write_report(report: dict, out: Path) -> None:
     (out / "report.md").write_text("\n".join(lines), encoding="utf-8")
 
 
+def check_quickstart(directory: Path) -> None:
+    """Raises ValueError when a quickstart that others go on from is not there."""
+    for part in ("tokenizer", "flexvar", "codes"):
+        if not (directory / part).is_dir():
+            raise ValueError(f"no {directory / part}: bash scripts/quickstart.sh makes it, or name --quickstart DIR")
+
+
+@entry
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__, prog="python -m experiments.quickstart")
     parser.add_argument("--out", type=Path, default=Path("out/quickstart"))
-    parser.add_argument("--tokenizer_steps", type=int, default=300)
-    parser.add_argument("--flexvar_steps", type=int, default=450)
-    parser.add_argument("--further_steps", type=int, default=150)
-    parser.add_argument("--processes", type=int, default=0, help="of each training run; 0: one a GPU, or two")
+    parser.add_argument("--tokenizer_steps", type=whole(1), default=300)
+    parser.add_argument("--flexvar_steps", type=whole(1), default=450)
+    parser.add_argument("--further_steps", type=whole(1), default=150)
+    parser.add_argument("--processes", type=whole(0), default=0, help="of each training run; 0: one a GPU, or two")
     parser.add_argument("--model", choices=["flexvar", "hybrid"], default="flexvar")
     args = parser.parse_args()
+    check_output_directory(args.out, "--out")
     out, first, more = args.out, args.flexvar_steps, args.further_steps
     runs, seconds = {}, {}
     steps = {"tokenizer": args.tokenizer_steps, "flexvar": first, "flexvar_continued": more, "sar": more}
@@ -225,8 +236,8 @@ def main() -> None:
         "flexvar_continued": ("train.py", [*further, "--training_mode=teacher_forcing"]),
         "sar": ("train.py", [*further, *SAR]),
     }
-    for name, (entry, flags) in stages.items():
-        runs[name], seconds[name] = run_stage(name, entry, flags, steps[name], out, args.processes)
+    for name, (program, flags) in stages.items():
+        runs[name], seconds[name] = run_stage(name, program, flags, steps[name], out, args.processes)
         if name == "tokenizer":
             codes = [vae_ckpt, f"--out={out / 'codes'}", f"--image_size={SIZE}", f"--seed={SEED}"]
             # FlexVAR's 17 epochs see each crop about twice.

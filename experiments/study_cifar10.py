@@ -48,12 +48,13 @@ from models.vqvae import to_bytes
 from utils.checkpoint import checkpoints, step_of
 from utils.config import DataConfig
 from utils.config_sampling import EvalConfig
-from utils.data import open_dataset, plain_images
+from utils.data import check_dataset, open_dataset, plain_images
 from utils.distributed import alone
+from utils.entry import check_output_directory, entry
 from utils.evaluations.c2i.images import write_npz
 from utils.evaluations.c2i.metrics import Statistics, frechet_distance, precision_recall
 from utils.files import digest, read_json, read_tensor, save_array, write_json
-from utils.flags import parse
+from utils.flags import Parser, parse, whole
 from utils.log import git_state
 from utils.weights import load_tokenizer
 
@@ -274,22 +275,26 @@ def scores(directory: Path) -> dict[str, float]:
     return {key: report[f"{name}_{OFFLINE}"] for key, name in names.items()}
 
 
+@entry
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, prog="python -m experiments.study_cifar10")
     parser.add_argument("--data_path", required=True, help="torchvision's CIFAR-10, or train/ and val/ class folders")
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--part", choices=["main", "all"], default="main")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME", help="variants, instead of a part")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="below 100; default: 0, 1, 2 …, by size")
+    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[], help="below 100; default: 0, 1, 2 …, by size")
     parser.add_argument("--out", type=Path, default=None, help="default: out/cifar10_SIZE")
-    parser.add_argument("--workers", type=int, default=1, help="loader processes of the stages that read images")
+    parser.add_argument("--workers", type=whole(0), default=1, help="loader processes of the stages that read images")
     parser.add_argument("--precision", default="auto", help="of the transformer's training; see train.py")
     parser.add_argument("--inception_weights", default="", help="FID, too; see evaluate.py")
     parser.add_argument("--status", action="store_true", help="say what is done, and stop")
     args = parser.parse_args()
     args.out = args.out or Path(f"out/cifar10_{args.size}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    if args.only and args.part != "main":
+        parser.error("--part has no effect with --only")
     study = Study(args)
+    check_dataset(study.data)
+    check_output_directory(args.out, "--out")
     if args.status:
         return study.status()
     study.train()

@@ -7,16 +7,17 @@ Writes table.md, study.json and the runs to out/study_digits.
 
 from __future__ import annotations
 
-import argparse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from experiments.measures import measure, slug, table_of
-from experiments.quickstart import FLEXVAR, FURTHER, PER_CLASS, Judge, run_stage, sample
+from experiments.quickstart import FLEXVAR, FURTHER, PER_CLASS, Judge, check_quickstart, run_stage, sample
 from utils.config import DataConfig
+from utils.entry import check_output_directory, entry
 from utils.files import write_json
+from utils.flags import Parser, whole
 from utils.weights import load_tokenizer
 
 DRAWN = ["--sf_top_k=0", "--sf_top_p=0"]
@@ -51,15 +52,20 @@ def write_table(found: dict[str, list[dict]], columns: dict[str, tuple[str, int]
     print(table)
 
 
+@entry
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__, prog="python -m experiments.study_digits")
     parser.add_argument("--quickstart", type=Path, default=Path("out/quickstart"))
     parser.add_argument("--out", type=Path, default=Path("out/study_digits"))
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=whole(1), default=100)
+    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", default="", help="variants whose name contains this")
     args = parser.parse_args()
+    check_quickstart(args.quickstart)
+    check_output_directory(args.out, "--out")
     start = [f"--vae_ckpt={args.quickstart / 'tokenizer'}", f"--init_ckpt={args.quickstart / 'flexvar'}"]
+    if not any(args.only in name for name in VARIANTS):
+        raise ValueError(f"--only {args.only}: no variant has that in its name; there are {', '.join(VARIANTS)}")
     variants = {name: flags for name, flags in VARIANTS.items() if args.only in name}
     jobs = [(name, seed) for seed in args.seeds for name in variants]
 

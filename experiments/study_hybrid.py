@@ -8,7 +8,6 @@ runs to out/study_hybrid.
 
 from __future__ import annotations
 
-import argparse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,11 +21,14 @@ from experiments.quickstart import (
     PER_CLASS,
     SIDES,
     Judge,
+    check_quickstart,
     run_stage,
 )
 from experiments.study_digits import write_table
 from models.sampling import Draw, sample_codes
 from models.scales import ScaleSchedule
+from utils.entry import check_output_directory, entry
+from utils.flags import Parser, whole
 from utils.optim import derive_seed
 from utils.pictures import read_metrics
 from utils.weights import load_flexvar, load_tokenizer
@@ -57,13 +59,16 @@ def scores(run: Path, vae: torch.nn.Module, judges: dict[int, Judge]) -> dict[st
     return {**found, "finest_loss": read_metrics(run, "val/loss_side/8")[1][-1]}
 
 
+@entry
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__, prog="python -m experiments.study_hybrid")
     parser.add_argument("--quickstart", type=Path, default=Path("out/quickstart"))
     parser.add_argument("--out", type=Path, default=Path("out/study_hybrid"))
-    parser.add_argument("--steps", type=int, default=450)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=whole(1), default=450)
+    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
+    check_quickstart(args.quickstart)
+    check_output_directory(args.out, "--out")
     start = [f"--vae_ckpt={args.quickstart / 'tokenizer'}", f"--code_cache={args.quickstart / 'codes'}"]
     jobs = [(name, seed) for seed in args.seeds for name in VARIANTS]
 

@@ -2,7 +2,7 @@
 
 from models.editing import inpaint
 from models.flexvar import FlexVAR, FlexVARConfig
-from models.pipeline import SARPipeline
+from models.pipeline import SARPipeline, open_pipeline
 from models.released import build_vae_var
 from models.sampling import Draw, Guidance, generate, sample_tokens
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule, draw_schedule, shift_up
@@ -22,6 +22,7 @@ __all__ = [
     "draw_schedule",
     "generate",
     "inpaint",
+    "open_pipeline",
     "sample_tokens",
     "shift_up",
 ]

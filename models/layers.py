@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -62,18 +63,29 @@ class CachedAttention:
         return attend(q, self.k[:, :, :end], self.v[:, :, :end])
 
 
-def find_kernel() -> tuple[str, Attend] | None:
-    """flash-attn or xformers, whichever is installed and loads: its name, and attention over (B, L, H, d)."""
+@dataclass(frozen=True)
+class Kernel:
+    """An optional attention kernel over (B, L, H, d), and the CUDA compute capability that it needs."""
+
+    name: str
+    attention: Attend
+    capability: dict[torch.dtype, tuple[int, int]]
+
+
+def find_kernel() -> Kernel | None:
+    """flash-attn or xformers, whichever is installed and loads."""
     try:
         from flash_attn import flash_attn_func
 
-        return "flash-attn", partial(flash_attn_func, softmax_scale=1.0)
+        needs = {torch.float16: (8, 0), torch.bfloat16: (8, 0)}  # Ampere
+        return Kernel("flash-attn", partial(flash_attn_func, softmax_scale=1.0), needs)
     except (ImportError, OSError):  # OSError: its library does not fit this machine
         pass
     try:
         from xformers.ops import memory_efficient_attention
 
-        return "xformers", partial(memory_efficient_attention, scale=1.0)
+        needs = {torch.float16: (7, 0), torch.bfloat16: (8, 0)}  # Volta; bf16 from Ampere on
+        return Kernel("xformers", partial(memory_efficient_attention, scale=1.0), needs)
     except (ImportError, OSError):
         return None
 
@@ -81,16 +93,18 @@ def find_kernel() -> tuple[str, Attend] | None:
 KERNEL = find_kernel()
 
 
-def kernel_for(device: torch.device, dtype: torch.dtype) -> tuple[str, Attend] | None:
-    """The optional kernel, where it can run: in half precision on a GPU. Else PyTorch's own does everything."""
-    return KERNEL if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) else None
+def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel | None:
+    """The optional kernel, where the card can run it: in half precision. Else PyTorch's own does everything."""
+    if KERNEL is None or device.type != "cuda" or dtype not in KERNEL.capability:
+        return None
+    return KERNEL if torch.cuda.get_device_capability(device) >= KERNEL.capability[dtype] else None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """q arrives normalised and scaled by the head's temperature, so the softmax scale is 1."""
     kernel = kernel_for(q.device, q.dtype)
     if kernel is not None and mask is None:
-        return kernel[1](*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        return kernel.attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
+import csv
 import difflib
 import re
+import unicodedata
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -22,6 +24,9 @@ from models.hybrid import transformer_config
 from models.sampling import Draw, Edit, Guidance, sample_codes
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 from models.vqvae import VQVAE, VQVAEConfig, to_bytes
+from utils.entry import check_output_directory, entry
+from utils.flags import Parser
+from utils.image_files import upright_rgb
 
 Classes = str | int | Sequence[str | int]
 
@@ -35,19 +40,42 @@ def imagenet_classes() -> list[str]:
 
 
 def find_class(name: str | int, names: Sequence[str]) -> int:
-    """A class id from an id or a name, whatever its case; an unknown name suggests the nearest."""
-    text = str(name).strip()
-    if text.lstrip("-").isdigit() and text not in names:
+    """A class id from an id or a name: the exact name, else the one that differs in case only.
+
+    Raises ValueError for an unknown name, with the nearest ones, and for one that several classes bear, with their ids.
+    """
+    text = str(name)
+    if isinstance(name, str):
+        for same in (str, str.strip, plain_name):
+            found = [i for i, known in enumerate(names) if same(known) == same(text)]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                ids = ", ".join(f"{i} ({names[i]})" for i in found)
+                raise ValueError(f"several classes are named {text!r}: give the id, one of {ids}")
+    if re.fullmatch(r"\s*[-+]?[0-9]+\s*", text):
         if not 0 <= int(text) < len(names):
-            raise ValueError(f"class id {text} is out of range: this model knows 0…{len(names) - 1}")
+            raise ValueError(f"class id {text.strip()} is out of range: this model knows 0…{len(names) - 1}")
         return int(text)
-    lower = [n.lower() for n in names]
-    if text.lower() in lower:
-        return lower.index(text.lower())
-    near = difflib.get_close_matches(text.lower(), lower, n=3, cutoff=0.5)
-    near = near or [n for n in lower if text.lower() in n][:3]
-    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    plain = {plain_name(known): known for known in names}
+    near = difflib.get_close_matches(plain_name(text), plain, n=3, cutoff=0.5)
+    near = near or [known for known in plain if plain_name(text) and plain_name(text) in known][:3]
+    hint = f"; did you mean {', '.join(plain[known] for known in near)}?" if near else ""
     raise ValueError(f"no class is named {text!r}{hint}")
+
+
+def plain_name(name: str) -> str:
+    """A name without spaces at its ends, case, and differences in how letters are composed."""
+    return unicodedata.normalize("NFC", name).strip().casefold()
+
+
+def split_classes(text: str, names: Sequence[str]) -> list[str]:
+    """The classes that a text names: a line is one name as it stands, or several, comma-separated as in CSV."""
+    found = []
+    for line in text.split("\n"):
+        whole = line in names or line.strip() in names
+        found += [line] if whole else next(csv.reader([line], skipinitialspace=True), [])
+    return [name for name in found if name.strip() or name in names]
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -94,19 +122,58 @@ class SARPipeline(
         cls,
         vae_ckpt: str | Path,
         ckpt: str | Path,
-        schedule: ScaleSchedule = DEFAULT_SCHEDULE,
+        schedule: ScaleSchedule | None = None,
         class_names: Sequence[str] | None = None,
     ) -> SARPipeline:
-        """From weight files or run directories, released or our own."""
-        from utils.weights import load_flexvar, load_tokenizer  # here, since that module builds these models too
+        """From weight files or run directories, released or our own.
 
+        Scales and class names are those of the run that `ckpt` belongs to, or the scales of the tokenizer's run, unless
+        they are given; for a file that belongs to none, the default ten and ImageNet's. An empty `vae_ckpt` is the
+        tokenizer of that run, or the released one.
+
+        Raises ValueError when the two do not fit: other sizes, or other weights than the run was trained on. The latter
+        is a warning when `vae_ckpt` was named.
+        """
+        from utils.run_record import find_run
+        from utils.weights import digest_of, load_flexvar, load_tokenizer  # here, since these build models too
+
+        run, named = find_run(ckpt), bool(vae_ckpt)
+        vae_ckpt = vae_ckpt or (run and run.tokenizer) or "pretrained/FlexVAE.pth"
         model, vae = load_flexvar(ckpt), load_tokenizer(vae_ckpt)
         if vae.codebook.shape != (model.config.codebook_size, model.config.codebook_dim):
             raise ValueError(
                 f"{ckpt} predicts codes of a {model.config.codebook_size} × {model.config.codebook_dim} codebook, "
                 f"{vae_ckpt} has one of {vae.config.codebook_size} × {vae.config.codebook_dim}"
             )
-        return cls.of(vae, model, schedule, class_names)
+        if run is not None and run.tokenizer_sha256 not in ("", digest_of(vae)):
+            other = f"{vae_ckpt} is not the tokenizer that {run.directory} was trained on"
+            if not named:
+                raise ValueError(f"{other} (its SHA-256 is another): put that one there, or name one by --vae_ckpt")
+            warnings.warn(f"{other}: its codes mean something else", stacklevel=2)
+        tokenizer_run = find_run(vae_ckpt)
+        schedule = schedule or (run and run.schedule) or (tokenizer_run and tokenizer_run.schedule) or DEFAULT_SCHEDULE
+        return cls.of(vae, model, schedule, class_names or (run and run.class_names) or None)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> SARPipeline:
+        """A pipeline's directory or a Hub repository; a training run's directory opens, too, with its tokenizer.
+
+        Raises ValueError for a weight file: `from_files` takes those.
+        """
+        path = Path(pretrained_model_name_or_path)
+        if path.is_file():
+            raise ValueError(f"{path} is a weight file: SARPipeline.from_files(vae_ckpt, {str(path)!r}) opens it")
+        if path.is_dir() and not is_pipeline(path):
+            return open_pipeline(str(path))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def describe(self) -> str:
+        """What was opened, in a line."""
+        config, sides = self.model.config, "_".join(map(str, self.schedule.sides))
+        return (
+            f"{type(self.model).__name__}-d{config.depth}, {config.num_classes} classes ({self.class_names[0]} …), "
+            f"scales {sides}, {self.side}×{self.side} pixels"
+        )
 
     @classmethod
     def _from_pretrained(cls, **kwargs) -> SARPipeline:
@@ -165,17 +232,18 @@ class SARPipeline(
 
         A picture of another size is cropped to the middle square and resized first, and the mask with it.
         """
+        image, mask = upright_rgb(image), upright_rgb(mask, "black").convert("L")
         if mask.size != image.size:
             raise ValueError(f"the mask is {mask.size}, the image {image.size}: they must have one size")
         labels = self.labels(classes, n)
-        pixels = from_pil(image.convert("RGB"), self.side).expand(len(labels), -1, -1, -1)
-        masks = (from_pil(mask.convert("L"), self.side) > 0).float().expand(len(labels), -1, -1, -1)
+        pixels = from_pil(image, self.side).expand(len(labels), -1, -1, -1)
+        masks = (from_pil(mask, self.side) > 0).float().expand(len(labels), -1, -1, -1)
         seeds, draw = range(seed, seed + len(labels)), drawing(**options)
         return to_pil(inpaint(self.model, self.vae, pixels, masks, labels, self.schedule, draw, seeds))
 
     def outpaint(self, image: Image.Image, share: float, classes: Classes, **options) -> list[Image.Image]:
         """Shrink a picture to `share` of the side and paint around it; the options are those of `inpaint`."""
-        canvas, mask = place_on_canvas(from_pil(image.convert("RGB"), self.side), share)
+        canvas, mask = place_on_canvas(from_pil(upright_rgb(image), self.side), share)
         return self.inpaint(to_pil(canvas)[0], to_pil_image(mask[0]), classes, **options)
 
 
@@ -193,24 +261,27 @@ def from_pil(image: Image.Image, side: int) -> Tensor:
     return to_tensor(image).unsqueeze(0) * 2 - 1
 
 
+def is_pipeline(directory: Path) -> bool:
+    """True for a directory that `save_pretrained` wrote."""
+    from utils.files import read_json
+
+    try:
+        return "transformer" in read_json(directory / "config.json")
+    except ValueError:
+        return False
+
+
 def open_pipeline(ckpt: str, vae_ckpt: str = "", pn: str = "", use_ema: bool = False) -> SARPipeline:
     """A pipeline from a weight file, a training run's directory, a pipeline's directory, or a Hub repository.
 
-    A run's directory brings its tokenizer and scales along, unless others are named.
+    A run brings its tokenizer, scales and class names along, unless others are named: see `from_files`.
     """
     from utils.checkpoint import EMA
-    from utils.files import read_json
     from utils.weights import find_weights  # here, since that module builds these models too
 
     path, named = Path(ckpt), ScaleSchedule.parse(pn) if pn else None
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", ckpt) and not path.parent.exists():
-        described = {"transformer": "on the Hub"}
-    else:
-        # A run's description stands beside checkpoints/step_N of a checkpoint, and of a weight file in it.
-        places = [path, *list(path.absolute().parents)[:3]]
-        records = [p / "config.json" for p in places if (p / "config.json").is_file()]
-        described = read_json(records[0]) if records else {}
-    if "transformer" in described:
+    on_hub = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", ckpt) and not path.parent.exists()
+    if on_hub or is_pipeline(path):
         if vae_ckpt or use_ema:
             raise ValueError(f"{ckpt} is a pipeline: it has its own tokenizer and no moving average")
         try:
@@ -221,11 +292,7 @@ def open_pipeline(ckpt: str, vae_ckpt: str = "", pn: str = "", use_ema: bool = F
         return pipeline
     if use_ema and not path.is_dir():
         raise ValueError(f"--use_ema takes the moving average of a run's directory, and {ckpt} is a file")
-    run = described.get("model", {})
-    schedule = named or (ScaleSchedule.parse(run["pn"]) if "pn" in run else DEFAULT_SCHEDULE)
-    vae = vae_ckpt or run.get("vae_ckpt") or "pretrained/FlexVAE.pth"
-    weights = find_weights(ckpt, EMA) if use_ema else ckpt
-    return SARPipeline.from_files(vae, weights, schedule, described.get("class_names"))
+    return SARPipeline.from_files(vae_ckpt, find_weights(ckpt, EMA) if use_ema else ckpt, named)
 
 
 def default_names(num_classes: int) -> list[str]:
@@ -233,19 +300,26 @@ def default_names(num_classes: int) -> list[str]:
     return imagenet_classes() if num_classes == 1000 else [str(i) for i in range(num_classes)]
 
 
+def class_names(folders: list[str], num_classes: int) -> list[str]:
+    """Names for the samples' captions: the data's, or ImageNet's when the folders are its synsets."""
+    if len(folders) == num_classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in folders):
+        return default_names(num_classes)
+    return folders + [str(i) for i in range(len(folders), num_classes)]
+
+
+@entry
 def main() -> None:
     """Convert weight files to a pipeline directory: python -m models.pipeline --vae_ckpt … --ckpt … --out DIR"""
-    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
-    parser.add_argument("--vae_ckpt", required=True)
-    parser.add_argument("--ckpt", required=True)
-    parser.add_argument("--pn", type=ScaleSchedule.parse, default=DEFAULT_SCHEDULE, help="scales, like 1_2_3_4")
-    parser.add_argument("--out", required=True)
+    parser = Parser(main.__doc__, prog="python -m models.pipeline")
+    parser.add_argument("--vae_ckpt", default="", help="tokenizer; empty: the one of CKPT's run")
+    parser.add_argument("--ckpt", required=True, help="transformer: a weight file or a run's directory")
+    parser.add_argument("--pn", default="", help="scales, like 1_2_3_4; empty: those of CKPT's run, or the default ten")
+    parser.add_argument("--out", required=True, help="directory to write")
     args = parser.parse_args()
-    try:
-        SARPipeline.from_files(args.vae_ckpt, args.ckpt, args.pn).save_pretrained(args.out)
-    except ValueError as error:
-        parser.error(str(error))
-    print(f"wrote {args.out}")
+    pipeline = open_pipeline(args.ckpt, args.vae_ckpt, args.pn)
+    check_output_directory(args.out, "--out")
+    pipeline.save_pretrained(args.out)
+    print(f"wrote {args.out}: {pipeline.describe()}")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,15 @@ class VQVAEConfig:
         return 2 ** (len(self.width_mult) - 1)
 
 
-def norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's, which also takes one value a channel and image (it becomes the bias), whatever the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def norm(channels: int) -> GroupNorm:
+    return GroupNorm(32, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):

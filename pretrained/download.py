@@ -6,10 +6,15 @@ python pretrained/download.py SARd16-epo179.pth FlexVAE.pth
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 from pathlib import Path
+
+if not __package__:  # run as a file: the project's root is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.entry import entry
+from utils.flags import Parser
 
 FLEXVAR, SAR = "jiaosiyu1999/FlexVAR", "ZGZzz/SAR"
 FILES = {
@@ -74,20 +79,19 @@ def offer(path: str | Path) -> None:
                 raise ValueError(str(error)) from None
 
 
+@entry
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("files", nargs="*", help="names of released files")
     names = parser.parse_args().files
     if not names:
         for name, repository in FILES.items():
             print(f"{'here   ' if (HERE / name).is_file() else 'absent '} {name:24} {repository}")
-    try:
-        for name in names:
-            print(download(name))
-    except (ValueError, ConnectionError) as error:
-        sys.exit(f"error: {error}")
+    unknown = [name for name in names if name not in FILES]
+    if unknown:  # before the first is fetched
+        raise ValueError(f"{unknown[0]} is no released file; there are {', '.join(FILES)}")
+    for name in names:
+        print(download(name))
 
 
 if __name__ == "__main__":

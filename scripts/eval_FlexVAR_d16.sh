@@ -5,4 +5,4 @@ RECIPE=(
     --cfg 2.2
     --out_dir out/eval_FlexVAR_d16
 )
-source "$(dirname "$0")/eval_common.sh"
+source "$(dirname "$(readlink -f "$0")")/eval_common.sh"

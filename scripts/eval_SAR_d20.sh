@@ -5,4 +5,4 @@ RECIPE=(
     --cfg 2.6
     --out_dir out/eval_SAR_d20
 )
-source "$(dirname "$0")/eval_common.sh"
+source "$(dirname "$(readlink -f "$0")")/eval_common.sh"

@@ -12,4 +12,9 @@ PROTOCOL=(
     --top_p 0.95
     --num_samples 50
 )
+case " $* " in # a sweep is in place of the recipe's guidance
+    *" --sweep_cfg"*) for i in "${!RECIPE[@]}"; do
+        [ "${RECIPE[$i]}" != --cfg ] || RECIPE=("${RECIPE[@]:0:$i}" "${RECIPE[@]:$((i + 2))}")
+    done ;;
+esac
 launch evaluate.py "${PROTOCOL[@]}" "${RECIPE[@]}" "$@"

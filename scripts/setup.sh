@@ -1,7 +1,12 @@
 #!/usr/bin/env bash
 # Make .venv with everything in requirements.txt and tests/requirements.txt. Does nothing when that is done already.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+case "${1:-}" in
+    '') ;;
+    -h | --help) sed -n '2,/^[^#]/s/^# //p' "$0"; exit 0 ;;
+    *) echo "error: unknown argument $1: setup.sh takes none" >&2; exit 2 ;;
+esac
+cd "$(dirname "$(readlink -f "$0")")/.."
 
 if [ -n "${PYTHON:-}" ]; then exit 0; fi # the caller brings an environment of their own
 base=$(command -v python3 || command -v python) || { echo "error: Python 3.11 or newer is missing" >&2; exit 1; }

@@ -2,8 +2,9 @@
 # Lint, format and tests; sets itself up on a bare machine. Arguments go to pytest: bash scripts/test.sh -k sampling
 # bash scripts/test.sh --faults: all injected faults instead, a quarter of an hour (see docs/reliability.md).
 set -euo pipefail
-bash "$(dirname "$0")/setup.sh"
-source "$(dirname "$0")/lib.sh"
+case "${1:-}" in -h | --help) sed -n '2,/^[^#]/s/^# //p' "$0"; exit 0 ;; esac
+bash "$(dirname "$(readlink -f "$0")")/setup.sh"
+source "$(dirname "$(readlink -f "$0")")/lib.sh"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 # Two tests at a time, each on one thread: threads that wait for each other's cores are many times slower.

@@ -13,4 +13,4 @@ RECIPE=(
     --wpe 0.1
     --tclip 2.0
 )
-source "$(dirname "$0")/train_common.sh"
+source "$(dirname "$(readlink -f "$0")")/train_common.sh"

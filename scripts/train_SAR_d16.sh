@@ -18,4 +18,4 @@ RECIPE=(
     --sf_top_k 900
     --sf_top_p 0.95
 )
-source "$(dirname "$0")/train_common.sh"
+source "$(dirname "$(readlink -f "$0")")/train_common.sh"

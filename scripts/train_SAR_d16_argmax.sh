@@ -15,4 +15,4 @@ RECIPE=(
     --ssr all
     --rollout argmax
 )
-source "$(dirname "$0")/train_common.sh"
+source "$(dirname "$(readlink -f "$0")")/train_common.sh"

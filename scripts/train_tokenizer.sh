@@ -18,4 +18,4 @@ RECIPE=(
     --disc_start 20000
     --ema 0.999
 )
-source "$(dirname "$0")/train_common.sh"
+source "$(dirname "$(readlink -f "$0")")/train_common.sh"

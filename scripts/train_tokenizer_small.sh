@@ -18,4 +18,4 @@ RECIPE=(
     --steps 1200
     --usage_every 50
 )
-source "$(dirname "$0")/train_common.sh"
+source "$(dirname "$(readlink -f "$0")")/train_common.sh"

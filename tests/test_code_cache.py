@@ -63,8 +63,9 @@ def test_codes_equal_those_encoded_on_the_fly(cache, tiny_vae):
 
 def test_a_run_from_the_cache_equals_one_from_images(cache, flags, tmp_path, monkeypatch):
     runs = {}
-    for name, more in (("images", []), ("cache", [f"--code_cache={cache}"])):
-        runs[name] = build_trainer(config_of(flags, *more, f"--out_dir={tmp_path / name}"), ALONE)
+    of_cache = [f"--code_cache={cache}", *(f for f in flags if not f.startswith("--dataset"))]
+    for name, some in (("images", flags), ("cache", of_cache)):
+        runs[name] = build_trainer(config_of(some, f"--out_dir={tmp_path / name}"), ALONE)
         if name == "cache":  # neither an image nor the tokenizer's encoder is touched
             monkeypatch.setattr(runs[name].vae, "encode", None)
             monkeypatch.setattr("utils.data.digits", None)
@@ -121,6 +122,7 @@ def test_a_cache_that_does_not_fit_is_refused(cache, flags, vae, tiny_vae, small
         open_cache(cache, tiny_vae, "latent", 32)
     with pytest.raises(ValueError, match="other settings"):
         build(flags_of(small_vae_file, cache, crops=4), ALONE)
+    flags = [f for f in flags if not f.startswith("--dataset")]
     done = run(sys.executable, "train.py", *flags, f"--code_cache={tmp_path}", "--check", check=False)
     assert done.returncode == 1
     assert "no finished code cache" in done.stderr

@@ -13,7 +13,8 @@ from tests.conftest import ALONE, config_of, run, tool
 from train import build
 from utils.config import DataConfig
 from utils.data import main, make_loader, open_dataset
-from utils.images import BadImage, adm_crop, read_image
+from utils.image_files import BadImage, read_image
+from utils.images import adm_crop
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
 

@@ -68,7 +68,7 @@ def test_an_installed_kernel_is_found_and_gets_its_own_layout(package, name, mon
     monkeypatch.setitem(sys.modules, "xformers", types.SimpleNamespace(ops=stub))
     monkeypatch.setitem(sys.modules, package if package == "flash_attn" else "xformers.ops", stub)
     found = layers.find_kernel()
-    assert found[0] == name
+    assert found.name == name
     schedule, (q, k, v) = ScaleSchedule((1, 2, 5, 13)), (torch.randn(2, 3, 199, 8) for _ in range(3))
     wanted = ScaleCausalAttention(schedule, q.device)(q, k, v)
     monkeypatch.setattr(layers, "kernel_for", lambda device, dtype: found)
@@ -80,7 +80,9 @@ def test_no_kernel_is_found_where_none_is_and_none_runs_on_a_cpu(monkeypatch):
     for package in ("flash_attn", "xformers", "xformers.ops"):
         monkeypatch.setitem(sys.modules, package, None)
     assert layers.find_kernel() is None
-    monkeypatch.setattr(layers, "KERNEL", ("some", None))
+    kernel = layers.Kernel("some", None, {torch.float16: (7, 0), torch.bfloat16: (8, 0)})
+    monkeypatch.setattr(layers, "KERNEL", kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert layers.kernel_for(torch.device("cpu"), torch.bfloat16) is None
     assert layers.kernel_for(torch.device("cuda"), torch.float32) is None
-    assert layers.kernel_for(torch.device("cuda"), torch.bfloat16) == ("some", None)
+    assert layers.kernel_for(torch.device("cuda"), torch.bfloat16) is kernel

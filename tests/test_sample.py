@@ -62,7 +62,7 @@ def test_painting_leaves_the_known_region(saved, tmp_path):
         (["--classes=animal z"], "did you mean"),
         (["--classes=10"], "10 is out of range"),
         (["--classes="], "at least one class"),
-        (["--image=nowhere.png", "--mask=x.png", "--classes=3"], "cannot read the picture nowhere.png"),
+        (["--image=nowhere.png", "--mask=x.png", "--classes=3"], "cannot use the image nowhere.png"),
     ],
 )
 def test_wrong_requests_are_one_line(saved, flags, message, tmp_path):

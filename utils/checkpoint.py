@@ -7,7 +7,6 @@ python -m utils.checkpoint export out/SAR-d16 SARd16.pth  # one file, in the rel
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -20,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 
+from utils.entry import check_output_file, entry
 from utils.files import digest, flush, read_sealed, read_tensors, replacing, save_tensors, write_sealed
+from utils.flags import Parser
 
 StateDict = dict[str, Tensor]
 
@@ -98,7 +99,7 @@ def last_facts(directory: str | Path) -> dict:
     """What the newest readable manifest of a run says of its data and model; empty when it has no checkpoint."""
     for path in reversed(checkpoints(directory)):
         try:
-            return read_manifest(path)["facts"]
+            return read_manifest(path).get("facts", {})
         except ValueError:
             continue
     return {}
@@ -113,7 +114,7 @@ def read_checkpoint(path: Path) -> tuple[RunState, dict[str, StateDict]]:
 # ------------------------------------------------------------------------------------------------- writing
 
 
-class SaveError(Exception):
+class SaveError(OSError):
     """A checkpoint that could not be written."""
 
 
@@ -246,34 +247,32 @@ def export(weights: StateDict, out: Path) -> None:
     return None
 
 
+@entry
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("list", "verify", "export"):
-        command = commands.add_parser(name)
-        command.add_argument("directory", type=Path, help="a run's directory")
-        if name == "export":
-            command.add_argument("out", type=Path, help="the file to write: .pth or .safetensors")
-            command.add_argument("--ema", action="store_true", help="the moving average of the weights")
+    parser = Parser(__doc__, prog="python -m utils.checkpoint")
+    parser.add_argument("command", choices=["list", "verify", "export"])
+    parser.add_argument("directory", type=Path, help="a run's directory")
+    parser.add_argument("out", type=Path, nargs="?", help="export: the file to write, .pth or .safetensors")
+    parser.add_argument("--ema", action="store_true", help="export: the moving average of the weights")
     args = parser.parse_args()
-    try:
-        if args.command == "export":
-            name = EMA if args.ema else MODEL
-            newest = newest_checkpoint(args.directory, name)
-            if newest is None:
-                raise ValueError(f"{args.directory} holds no checkpoint")
-            export(read_tensors(newest / name), args.out)
-            return print(f"wrote {args.out} from {newest}")
-        found = [describe(path) for path in checkpoints(args.directory)]
-        if not found:
+    if (args.command == "export") != (args.out is not None):
+        parser.error("export, and nothing else, takes the file to write as well")
+    if args.ema and args.command != "export":
+        parser.error("--ema has no effect without export")
+    if args.command == "export":
+        name = EMA if args.ema else MODEL
+        newest = newest_checkpoint(args.directory, name)
+        if newest is None:
             raise ValueError(f"{args.directory} holds no checkpoint")
-        print("\n".join(line for line, _ in found))
-        if args.command == "verify" and not all(whole for _, whole in found):
-            raise SystemExit(1)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+        export(read_tensors(newest / name), check_output_file(args.out))
+        return print(f"wrote {args.out} from {newest}")
+    found = [describe(path) for path in checkpoints(args.directory)]
+    if not found:
+        raise ValueError(f"{args.directory} holds no checkpoint")
+    print("\n".join(line for line, _ in found))
+    if args.command == "verify" and not all(whole for _, whole in found):
+        raise SystemExit(1)
+    return None
 
 
 if __name__ == "__main__":

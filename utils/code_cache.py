@@ -24,10 +24,22 @@ from tqdm import tqdm
 from models.scales import ScaleSchedule
 from models.vqvae import VQVAE
 from utils.config import DataConfig
-from utils.data import CodeBatch, Key, Views, encode_batch, open_splits
+from utils.data import CodeBatch, Key, Views, batches_of, encode_batch, open_splits
 from utils.distributed import Ranks, ranks
-from utils.files import digest, read_array, read_json, read_sealed, save_array, write_json, write_sealed
-from utils.flags import at_least, parse
+from utils.entry import check_output_directory, entry, refuse_inside
+from utils.files import (
+    digest,
+    digest_of_stats,
+    read_array,
+    read_json,
+    read_sealed,
+    remove_stale,
+    save_array,
+    write_json,
+    write_sealed,
+)
+from utils.flags import Flags, at_least, changed, parse
+from utils.run_record import find_run
 from utils.weights import digest_of, load_tokenizer
 
 MANIFEST, LABELS = "manifest.json", "labels.npy"
@@ -35,12 +47,12 @@ VERSION = 2
 
 
 @dataclass(frozen=True)
-class CacheConfig:
+class CacheConfig(Flags):
     """Code cache"""
 
     out: str = ""  # directory of the cache
     vae_ckpt: str = "pretrained/FlexVAE.pth"  # tokenizer weights: a file, or a tokenizer run's directory
-    image_size: int = 256  # side of the training images
+    image_size: int = 0  # side of the training images; 0: the tokenizer run's, or 256
     crops: int = 10  # random crops of each training image; epoch e of training sees crop e mod CROPS
     seed: int = 0  # seed of the crops: a run of the same seed sees the same ones without the cache
     supervision: Literal["latent", "image"] = "latent"  # see train.py
@@ -49,15 +61,23 @@ class CacheConfig:
     verify: bool = False  # check every file of a finished cache against its SHA-256, then stop
 
     def __post_init__(self):
-        at_least(self, image_size=1, crops=1, seed=0, batch=1, shard_images=1)
+        super().__post_init__()
+        at_least(self, image_size=0, crops=1, seed=0, batch=1, shard_images=1)
 
 
 @dataclass(frozen=True)
-class CacheFlags:
+class CacheFlags(Flags):
     """Everything `cache_codes.sh` takes."""
 
     cache: CacheConfig = field(default_factory=CacheConfig)
     data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        unread = [name for name in changed(self.cache) if name not in ("out", "verify")]
+        unread += changed(self.data)
+        if self.cache.verify and unread:
+            raise ValueError(f"--{unread[0]} has no effect with --verify, which reads --out alone")
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -72,6 +92,9 @@ class CodeCache(Dataset):
         self.directory = directory / split
         self.classes: list[str] = manifest["classes"]
         self.sides = ScaleSchedule(tuple(manifest["sides"]))
+        names = ("dataset", "augment", "crops")  # caches of old do not say how they were augmented: it was by crops
+        self.record = {name: {"augment": "crop", **manifest, **part}[name] for name in names}
+        self.record |= {"crop_seed": manifest["seed"], "images_sha256": manifest["images_sha256"]["train"]}
         self.crops, self.shard_rows = part["crops"], part["shard_images"] * part["crops"]
         self.files = [shard["file"] for shard in part["shards"]]
         self.labels = read_array(self.directory / LABELS)
@@ -171,12 +194,13 @@ def encode_images(
     at_once = max(1, flags.cache.batch // crops)
     loader = DataLoader(Crops(views, crops), batch_size=at_once, sampler=indices, num_workers=flags.data.workers)
     rows, classes = [], []
-    for images, labels in loader:  # (n, crops, 3, size, size), (n,)
-        images = images.flatten(0, 1).to(vae.codebook.device)
-        batch = encode_batch(vae, images, labels, sides, flags.cache.supervision)
-        rows.append(batch.tokens(sides).cpu().numpy().astype(np.uint16))
-        classes.append(labels.numpy())
-        progress.update(len(images))
+    with batches_of(loader) as batches:
+        for images, labels in batches:  # (n, crops, 3, size, size), (n,)
+            images = images.flatten(0, 1).to(vae.codebook.device)
+            batch = encode_batch(vae, images, labels, sides, flags.cache.supervision)
+            rows.append(batch.tokens(sides).cpu().numpy().astype(np.uint16))
+            classes.append(labels.numpy())
+            progress.update(len(images))
     return np.concatenate(rows), np.concatenate(classes)
 
 
@@ -209,18 +233,22 @@ def build_split(views: Views, vae: VQVAE, sides: ScaleSchedule, flags: CacheFlag
 def build(flags: CacheFlags, me: Ranks) -> Path:
     """Write the cache of a data set, or what is missing of it. Returns its manifest."""
     config, out = flags.cache, Path(flags.cache.out)
-    vae = load_tokenizer(config.vae_ckpt).to(me.device)
+    check_output_directory(out, "--out")
+    for split in ("train", "val"):
+        refuse_inside(out, "--out", Path(flags.data.data_path or "/dev/null", split))
+    vae, run = load_tokenizer(config.vae_ckpt).to(me.device), find_run(config.vae_ckpt)
+    size = config.image_size or (run.content["model"].get("image_size") if run else 0) or 256
     if vae.config.codebook_size > 2**16:
         raise ValueError(f"codes are stored in 16 bits, this tokenizer has {vae.config.codebook_size}")
-    if config.image_size % vae.config.factor:
-        raise ValueError(f"--image_size must be a multiple of {vae.config.factor}, got {config.image_size}")
-    views = [v for v in open_splits(flags.data, config.image_size, config.seed, out) if v is not None]
+    if size % vae.config.factor:
+        raise ValueError(f"--image_size must be a multiple of {vae.config.factor}, got {size}")
+    views = [v for v in open_splits(flags.data, size, config.seed, out) if v is not None]
     settings = {
         "version": VERSION,
         "tokenizer_sha256": digest_of(vae),
         "supervision": config.supervision,
-        "sides": list(range(1, config.image_size // vae.config.factor + 1)),
-        "image_size": config.image_size,
+        "sides": list(range(1, size // vae.config.factor + 1)),
+        "image_size": size,
         "dataset": flags.data.dataset,
         "augment": flags.data.augment,
         "seed": config.seed,
@@ -228,12 +256,20 @@ def build(flags: CacheFlags, me: Ranks) -> Path:
         "shard_images": config.shard_images,
         "classes": views[0].classes,
         "images_sha256": {split_of(v): fingerprint(v) for v in views},
+        "files_sha256": {split_of(v): files_digest(v, flags.data.data_path) for v in views},
     }
     record = out / "settings.json"
-    if record.is_file() and {"augment": "crop", **read_json(record)} != settings:  # older caches do not name it
-        raise ValueError(f"{out} holds a cache of other settings (see {record}): use another --out")
+    if record.is_file():
+        # Older caches name neither.
+        before = {"augment": "crop", "files_sha256": settings["files_sha256"], **read_json(record)}
+        if before != settings:
+            other = ", ".join(name for name in settings if before.get(name) != settings[name])
+            hint = " (images changed: their sizes or times of change)" if other == "files_sha256" else ""
+            raise ValueError(f"{out} holds a cache of other settings: {other}{hint}: use another --out")
     me.wait()  # every rank has compared before the first one writes
     if me.first:
+        for directory in (out, out / "train", out / "val"):
+            remove_stale(directory)
         write_json(record, settings)
     sides = ScaleSchedule(tuple(settings["sides"]))
     parts = {split_of(v): build_split(v, vae, sides, flags, me) for v in views}
@@ -252,15 +288,28 @@ def fingerprint(views: Views) -> str:
     samples = getattr(views.source, "samples", None) or [(i, label) for i, (_, label) in enumerate(views.source)]
     total = hashlib.sha256()
     for name, label in samples:
-        total.update(f"{Path(name).name if isinstance(name, str) else name} {label}\n".encode())
+        line = f"{Path(name).name if isinstance(name, str) else name} {label}\n"
+        total.update(line.encode(errors="surrogateescape"))
     return total.hexdigest()
 
 
+def files_digest(views: Views, data_path: str) -> str:
+    """SHA-256 that changes with any image: with its file's size or time of change, or with its pixels in memory."""
+    samples = getattr(views.source, "samples", None)
+    if samples:
+        return digest_of_stats([path for path, _ in samples], data_path)
+    total = hashlib.sha256()
+    for image, _ in views.source:
+        total.update(image.tobytes())
+    return total.hexdigest()
+
+
+@entry
 def main() -> None:
-    flags = parse(CacheFlags, description=__doc__)
-    with ranks() as me, me.user_errors():
-        if not flags.cache.out:
-            raise ValueError("--out is missing: where is the cache, or where should it be?")
+    flags = parse(CacheFlags, description=__doc__, prog="python -m utils.code_cache")
+    if not flags.cache.out:
+        raise ValueError("--out is missing: where is the cache, or where should it be?")
+    with ranks() as me:
         if flags.cache.verify:
             print(f"{verify(Path(flags.cache.out))} shards are as they were written")
         else:

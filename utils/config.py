@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from models.scales import ScaleSchedule
-from utils.flags import alias, at_least, only_with
+from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
+from utils.flags import Flags, alias, at_least, at_most, only_with
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Flags):
     """Data"""
 
     dataset: Literal["folder", "digits", "cifar10"] = "folder"
@@ -27,14 +27,19 @@ class DataConfig:
     bad_image_limit: float = 0.001  # on_bad_image skip: stop when more than this share of the images is bad
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, workers=0, bad_image_limit=0)
         only_with(self, self.dataset == "folder", "--dataset folder", ["on_bad_image", "augment"])
         only_with(self, self.on_bad_image == "skip", "--on_bad_image skip", ["bad_image_limit"])
         only_with(self, self.dataset != "digits", "a data set on disk", ["data_path"])
+        at_most(self, bad_image_limit=1)
+
+
+DATA_OF_IMAGES = ["dataset", "data_path", "augment", "on_bad_image", "bad_image_limit"]  # what a code cache replaces
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Flags):
     """Model"""
 
     vae_ckpt: str = "pretrained/FlexVAE.pth"  # tokenizer weights: a file, or a tokenizer run's directory
@@ -52,12 +57,15 @@ class ModelConfig:
     aln: float = 0.5  # initial scale of the adaLN weights
     alng: float = 1e-3  # initial scale of the adaLN weights of the gates
     label_drop: float = 0.1  # probability of training on the unconditional class
-    pn: str = "1_2_3_4_5_6_8_10_13_16"  # sides of the scales; the last one times the tokenizer's factor is the image
+    pn: str = ""
+    """sides of the scales, like 1_2_3_4; the last one times the tokenizer's factor is the image. Empty: those that the
+    tokenizer's run was trained at, or 1_2_3_4_5_6_8_10_13_16"""
     supervision: Literal["latent", "image"] = "latent"
     """codes of a scale: from the latent resized to it, or from the image resized and encoded at it (Table 1)"""
     schedule: Literal["flexvar", "fixed"] = "flexvar"  # flexvar: draw the sides anew each step; fixed: --pn
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, depth=1, width=0, num_classes=0, label_drop=0, first_side=1)
         only_with(self, bool(self.init_ckpt), "--init_ckpt", ["reset_class_embedding"])
         hybrid = self.model == "hybrid"
@@ -71,15 +79,16 @@ class ModelConfig:
             raise ValueError(f"--schedule flexvar draws sides up to 16, --pn ends at {sides[-1]}: use --schedule fixed")
         if self.label_drop >= 1:
             raise ValueError(f"--label_drop must be below 1, got {self.label_drop}")
+        at_least(self, aln=0, alng=0)
 
     @property
     def scales(self) -> ScaleSchedule:
-        schedule = ScaleSchedule.parse(self.pn)
+        schedule = ScaleSchedule.parse(self.pn) if self.pn else DEFAULT_SCHEDULE
         return schedule.starting(self.first_side) if self.model == "hybrid" else schedule
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Flags):
     """Optimisation"""
 
     bs: int = 768  # images a step, over all ranks
@@ -96,6 +105,7 @@ class OptimConfig:
     ema: float = 0.0  # decay of the moving average of the weights; 0: none
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, bs=1, micro_batch=0, steps=0, max_steps=0, lr=0, wp=0, wpe=0, twd=0, tclip=0, ema=0)
         if self.steps and self.ep != type(self).ep:
             raise ValueError(
@@ -104,12 +114,13 @@ class OptimConfig:
             )
         if self.ep <= 0:
             raise ValueError(f"--ep must be positive, got {self.ep}")
+        at_most(self, ep=1e6, steps=1e12, max_steps=1e12)
         if self.ema >= 1 or self.wp >= 1:
             raise ValueError(f"--ema and --wp must be below 1, got {self.ema} and {self.wp}")
 
 
 @dataclass(frozen=True)
-class SARConfig:
+class SARConfig(Flags):
     """Self-autoregressive refinement"""
 
     training_mode: Literal["teacher_forcing", "csfl", "sf_full", "sf_alternate", "sf_interleave", "sf_hybrid"] = "csfl"
@@ -129,6 +140,7 @@ class SARConfig:
     sf_cfg_scale: float = 2.5  # rollout: scale of the half-ramp guidance
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, csf_weight=0, csf_ramp=0, ssr_steps=1, sf_top_k=0, sf_top_p=0, sf_cfg_scale=0, sf_hybrid_from=1)
         if self.sf_top_p > 1 or self.csf_ramp > 1:
             raise ValueError(f"--sf_top_p and --csf_ramp are at most 1, got {self.sf_top_p} and {self.csf_ramp}")
@@ -139,13 +151,16 @@ class SARConfig:
         )
         only_with(self, mode != "teacher_forcing", "--training_mode csfl or sf_…", rollout)
         only_with(self, mode == "sf_hybrid", "--training_mode sf_hybrid", ["sf_hybrid_from"])
+        weighted = mode != "csfl" or self.csf_weight > 0
+        only_with(self, weighted, "--csf_weight above 0", [*rollout, "csf_ramp", "ssr", "ssr_steps", "csf_target"])
         only_with(self, self.rollout != "argmax", "--rollout sample or cfg", ["sf_top_k", "sf_top_p"])
+        only_with(self, self.sf_top_k != 1, "another --sf_top_k than 1, the greedy one", ["sf_top_p"])
         only_with(self, self.rollout == "cfg", "--rollout cfg", ["sf_cfg_scale"])
         only_with(self, self.ssr == "all", "--ssr all", ["ssr_steps"])
 
 
 @dataclass(frozen=True)
-class SpeedConfig:
+class SpeedConfig(Flags):
     """Speed and memory"""
 
     code_cache: str = ""  # train from codes that scripts/cache_codes.sh wrote there: no image is read or encoded
@@ -156,7 +171,7 @@ class SpeedConfig:
 
 
 @dataclass(frozen=True)
-class LogConfig:
+class LogConfig(Flags):
     """Logging"""
 
     logger_type: Literal["tensorboard", "wandb", "none"] = "tensorboard"  # beside metrics.jsonl, always written
@@ -168,13 +183,17 @@ class LogConfig:
     log_every: int = 20  # steps between log lines
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, log_every=1)
         wandb = [f.name for f in fields(self) if f.name.startswith("wandb_")]
         only_with(self, self.logger_type == "wandb", "--logger_type wandb", wandb)
 
 
+YEAR = 366 * 24 * 60  # minutes
+
+
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Flags):
     """Run"""
 
     exp_name: str = "SAR"  # name of the run
@@ -192,10 +211,12 @@ class RunConfig:
     check: bool = False  # check the flags and the files they name, then stop
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, seed=0, save_every_steps=0, save_every_minutes=0, keep=1, keep_every_epochs=0, max_skipped=0)
         only_with(self, self.on_nonfinite == "skip", "--on_nonfinite skip", ["max_skipped"])
         if self.timeout_minutes <= 0:
             raise ValueError(f"--timeout_minutes must be positive, got {self.timeout_minutes}")
+        at_most(self, timeout_minutes=YEAR, save_every_minutes=YEAR)
 
     @property
     def directory(self) -> Path:
@@ -203,7 +224,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class WatchConfig:
+class WatchConfig(Flags):
     """Watching the run"""
 
     vis_every: int = 0  # steps between sample grids of fixed seeds; 0: only at the end
@@ -213,7 +234,10 @@ class WatchConfig:
     eval_images: int = 1000  # held-out images, evenly over the split; 0: no held-out loss
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, vis_every=0, vis_num_samples=0, eval_every=0, eval_images=0)
+        only_with(self, self.vis_num_samples > 0, "--vis_num_samples above 0", ["vis_every", "vis_ema"])
+        only_with(self, self.eval_images > 0, "--eval_images above 0", ["eval_every"])
 
 
 def check_watch(watch: WatchConfig, optim: OptimConfig) -> None:
@@ -232,7 +256,7 @@ class TrainRunConfig(RunConfig):
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Flags):
     """Everything `train.py` takes."""
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -245,7 +269,18 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
+        super().__post_init__()
         check_watch(self.watch, self.optim)
+        guided = self.sar.training_mode != "teacher_forcing" and self.sar.rollout == "cfg"
+        guided = guided and (self.sar.training_mode != "csfl" or self.sar.csf_weight > 0)
+        if guided and self.model.label_drop == 0:
+            raise ValueError(
+                "--rollout cfg guides by the unconditional class, which --label_drop 0 never trains: "
+                "use --rollout sample or argmax"
+            )
+        cached = bool(self.speed.code_cache)
+        only_with(self.data, not cached, "images: --code_cache is in place of them", DATA_OF_IMAGES)
+        only_with(self.run, self.watch.vis_num_samples > 0, "--vis_num_samples above 0", ["vis_cfg_scale"])
         simple = self.sar.training_mode == "teacher_forcing" or (
             self.sar.training_mode == "csfl" and self.sar.ssr == "all"
         )

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
-from utils.flags import at_least, only_with
+import simple_parsing
+
+from utils.flags import Flags, at_least, at_most, check_number, only_with, without
+
+SWEPT = {"sweep_cfg": 0, "sweep_top_k": 0, "sweep_top_p": 0}  # least values
+
+
+class Repeated(argparse.Action):
+    """A flag that may be repeated: its values as lines of one text."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        given = getattr(namespace, self.dest, None)
+        again = getattr(namespace, f"{self.dest}_given", False)
+        setattr(namespace, self.dest, f"{given}\n{value}" if again else value)
+        setattr(namespace, f"{self.dest}_given", True)
 
 
 @dataclass(frozen=True)
-class DrawConfig:
+class DrawConfig(Flags):
     """Model and sampling"""
 
     ckpt: str = "pretrained/SARd16-epo179.pth"
@@ -27,14 +44,28 @@ class DrawConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
 
     def __post_init__(self):
+        super().__post_init__()
+        self.check_drawing()
+
+    def check_drawing(self) -> None:
+        """Raises ValueError for a value out of range, or one that nothing reads."""
         at_least(self, cfg=0, top_k=0, top_p=0, fill_steps=1, seed=0)
+        at_most(self, top_p=1, fill_steps=10_000)
+        only_with(self, self.guidance != "none", "guidance: leave --guidance none out", ["cfg"])
+        only_with(self, self.top_k != 1, "another --top_k than 1, the greedy one", ["top_p"])
+
+    def check_model(self, fills_first_side: bool) -> None:
+        """Raises ValueError for flags that this model does not read."""
+        only_with(self, fills_first_side, "a hybrid model", ["fill_steps"])
 
 
 @dataclass(frozen=True)
 class SampleConfig(DrawConfig):
     """Everything `sample.py` takes."""
 
-    classes: str = "207"  # class names or ids, comma-separated: "golden retriever,88"
+    classes: str = simple_parsing.field(default="207", action=Repeated)
+    """class names or ids, comma-separated: "golden retriever,88"; quote names with commas as CSV does, or repeat the
+    flag"""
     n: int = 4  # images of each class
     batch: int = 16  # images at a time; the images do not depend on it
     out: str = "samples.png"  # the grid of all images
@@ -47,7 +78,9 @@ class SampleConfig(DrawConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, n=1, batch=1)
+        at_least(self, n=1, batch=1, outpaint=0)
+        if self.outpaint >= 1:
+            raise ValueError(f"--outpaint must be below 1, got {self.outpaint}")
         if self.image and bool(self.mask) == bool(self.outpaint):
             raise ValueError("--image needs either --mask or --outpaint")
         only_with(self, bool(self.image), "--image", ["mask", "outpaint"])
@@ -97,7 +130,32 @@ class EvalConfig(DrawConfig):
         only_with(self, self.features == "inception", "--features inception", ["inception_weights"])
         sampling = ["num_samples", "num_classes_eval", "cfg", "top_k", "top_p", "use_ema", "sweep_cfg", "fill_steps"]
         sampling += ["sweep_top_k", "sweep_top_p", "eval_scale", "save_npz", "save_png"]
+        sampling += ["ckpt", "guidance", "precision"]
         only_with(self, not modes, f"sampling: leave --{modes[0] if modes else 'samples'} out", sampling)
+        without(self, bool(self.samples), "--samples", ["vae_ckpt", "pn"])
+        without(self, bool(self.reconstruct), "--reconstruct", ["reference", "reference_sha256"])
+        compared = ["reference", "reference_sha256", "split_size", "pr_fp16"]
+        without(self, bool(self.make_reference), "--make_reference", compared)
+        has_reference = bool(self.reference or self.reconstruct) or self.features == "inception"
+        only_with(self, has_reference, "--reference", ["reference_sha256", "pr_fp16"])
+        for name in ("cfg", "top_k", "top_p"):
+            without(self, bool(getattr(self, f"sweep_{name}")), f"--sweep_{name}", [name])
+        only_with(self, self.guidance != "none", "guidance: leave --guidance none out", ["sweep_cfg"])
+        for point in self.settings():  # all of them before the first is drawn
+            for name, value in zip(("sweep_cfg", "sweep_top_k", "sweep_top_p"), point, strict=True):
+                check_number(name, value)
+            at_least(SimpleNamespace(sweep_cfg=point[0], sweep_top_k=point[1], sweep_top_p=point[2]), **SWEPT)
+            at_most(SimpleNamespace(sweep_top_p=point[2]), sweep_top_p=1)
+
+    def check_sources(self) -> None:
+        """Raises ValueError for paths that are not there, and for --image_size where no folder is read. Nothing is
+        read or fetched for this."""
+        paths = {name: getattr(self, name) for name in ("samples", "reconstruct", "reference", "inception_weights")}
+        for name, path in paths.items():
+            if path and not Path(path).exists():
+                raise ValueError(f"--{name}: no file or folder {path}")
+        folders = any(Path(path).is_dir() for path in paths.values() if path)
+        only_with(self, folders, "a folder of images: npz files hold them as they are", ["image_size"])
 
     def settings(self) -> list[tuple[float, int, float]]:
         """(cfg, top_k, top_p) of every point of the sweep, or the one setting."""

@@ -7,11 +7,11 @@ from typing import Literal
 
 from models.scales import ScaleSchedule
 from utils.config import DataConfig, LogConfig, OptimConfig, RunConfig, WatchConfig, check_watch
-from utils.flags import at_least, only_with
+from utils.flags import Flags, at_least, only_with
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Flags):
     """Tokenizer"""
 
     init_ckpt: str = ""  # weights to start from (a file or a run's directory); empty: from scratch
@@ -27,6 +27,7 @@ class TokenizerConfig:
     sides_per_step: int = 2  # random sides trained in a step, beside the finest
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, image_size=1, base_width=32, res_blocks=1, codebook_size=2, codebook_dim=1, sides_per_step=0)
 
     @property
@@ -35,7 +36,7 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
-class TokenizerLossConfig:
+class TokenizerLossConfig(Flags):
     """Losses: each a mean over the sides of the step"""
 
     l1: float = 0.0  # weight of the mean absolute error
@@ -55,6 +56,7 @@ class TokenizerLossConfig:
     revive: bool = True  # give rows that were not used in those steps new values
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, l1=0, l2=0, commitment=0, entropy=0, perceptual_weight=0, disc_weight=0, disc_start=0)
         at_least(self, disc_width=16, disc_layers=1, usage_every=1)
         if self.disc_width % 16:
@@ -68,7 +70,7 @@ class TokenizerLossConfig:
 
 
 @dataclass(frozen=True)
-class TokenizerTrainConfig:
+class TokenizerTrainConfig(Flags):
     """Everything `train_tokenizer.py` takes."""
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -80,6 +82,7 @@ class TokenizerTrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
+        super().__post_init__()
         check_watch(self.watch, self.optim)
         if self.loss.disc_weight and self.optim.precision == "fp16":
             raise ValueError("--disc_weight does not go with --precision fp16: use bf16 or fp32")

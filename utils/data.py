@@ -6,11 +6,11 @@ seed alone, so a run can stop anywhere and go on, on any number of ranks.
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,7 +28,10 @@ from tqdm import tqdm
 from models.scales import ScaleSchedule
 from models.vqvae import VQVAE
 from utils.config import DataConfig
-from utils.images import BadImage, SkipBad, View, adm_crop, centre_crop, problem, read_image, shift_and_rotate
+from utils.entry import entry, notice
+from utils.flags import Parser
+from utils.image_files import BadImage, ClassFolders, class_names_in, name_left_out, problem, walk_images
+from utils.images import SkipBad, View, adm_crop, centre_crop, shift_and_rotate
 from utils.optim import exact_convolutions
 from utils.process import become_worker
 
@@ -80,11 +83,13 @@ class Views(Dataset):
         seed: int,
         training: bool,
         skip: SkipBad | None = None,
+        record: dict[str, object] | None = None,
     ):
+        """`record` names what a run on these images cannot change: see `Loop.facts`."""
         self.source, self.classes = source, classes
         self.view, self.size = view, size
         self.seed, self.training = seed, training
-        self.skip = skip
+        self.skip, self.record = skip, record or {}
 
     def __len__(self) -> int:
         return len(self.source)
@@ -131,25 +136,30 @@ def digits(train: bool) -> list[tuple[Image.Image, int]]:
 
 
 def check_dataset(config: DataConfig) -> None:
-    """Whether the training data lie where the flags say."""
+    """Checks that the training data lie where the flags say, without listing them all. Raises ValueError."""
     if config.dataset == "digits":
         return
     if not config.data_path:
         raise ValueError(f"--data_path is missing: where does the data set {config.dataset!r} lie?")
-    root = Path(config.data_path)
-    if config.dataset == "cifar10" and not (root / "cifar-10-batches-py").is_dir():
-        fetch = f"torchvision.datasets.CIFAR10({str(root)!r}, download=True)"
-        raise ValueError(f"no CIFAR-10 in {root}: {fetch} fetches it")
-    if config.dataset == "folder" and not (root / "train").is_dir():
-        raise ValueError(f"no directory {root / 'train'}: --data_path must hold train/<class>/<image files>")
+    if config.dataset == "cifar10":
+        open_cifar10(config.data_path, training=True)
+        return
+    train = Path(config.data_path) / "train"
+    if not train.is_dir():
+        raise ValueError(f"no directory {train}: --data_path must hold train/<class>/<image files>")
+    classes = class_names_in(train)
+    if not classes or not walk_images(train / classes[0]).images:
+        first = train / classes[0] if classes else train
+        raise ValueError(f"no images in {first}: --data_path must hold train/<class>/<image files>")
 
 
-def class_folders(folder: Path) -> tv_datasets.ImageFolder:
-    """The images in FOLDER/<class>/. Raises ValueError when there are none."""
+def open_cifar10(folder: str, training: bool) -> tv_datasets.CIFAR10:
+    """CIFAR-10, its files checked against their digests. Raises ValueError when they are not as they should be."""
     try:
-        return tv_datasets.ImageFolder(str(folder), loader=read_image)
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        return tv_datasets.CIFAR10(folder, train=training)
+    except RuntimeError:
+        fetch = f"torchvision.datasets.CIFAR10({folder!r}, download=True)"
+        raise ValueError(f"no CIFAR-10 in {folder}, or not all of it: {fetch} fetches it") from None
 
 
 def open_dataset(config: DataConfig, size: int, seed: int, split: str, directory: Path = Path()) -> Views | None:
@@ -158,23 +168,26 @@ def open_dataset(config: DataConfig, size: int, seed: int, split: str, directory
     With --on_bad_image skip, DIRECTORY/bad_images_SPLIT.txt lists the bad ones.
     """
     check_dataset(config)
-    training = split == "train"
+    training, record = split == "train", {"dataset": config.dataset, "augment": config.augment}
     if config.dataset == "digits":
-        return Views(digits(training), [str(d) for d in range(10)], shift_and_rotate, size, seed, training)
+        return Views(
+            digits(training), [str(d) for d in range(10)], shift_and_rotate, size, seed, training, record=record
+        )
     if config.dataset == "cifar10":
-        source = tv_datasets.CIFAR10(config.data_path, train=training)
-        return Views(source, source.classes, centre_crop, size, seed, training)
+        source = open_cifar10(config.data_path, training)
+        return Views(source, source.classes, centre_crop, size, seed, training, record=record)
     folder = Path(config.data_path) / split
     if not training and not folder.is_dir():
         return None
-    source = class_folders(folder)
-    trained = {p.name for p in (folder.parent / "train").iterdir() if p.is_dir()}
-    if set(source.classes) != trained:
+    source = ClassFolders(folder)
+    if source.left_out:
+        notice(name_left_out(source.left_out))
+    if source.classes != class_names_in(folder.parent / "train"):
         raise ValueError(f"the classes in {folder} are not those in {folder.parent / 'train'}")
-    record = directory / f"bad_images_{split}.txt"
-    skip = SkipBad(record, config.bad_image_limit) if config.on_bad_image == "skip" else None
+    listed = directory / f"bad_images_{split}.txt"
+    skip = SkipBad(listed, config.bad_image_limit) if config.on_bad_image == "skip" else None
     view = adm_crop if config.augment == "crop" else centre_crop
-    return Views(source, source.classes, view, size, seed, training, skip)
+    return Views(source, source.classes, view, size, seed, training, skip, record)
 
 
 def open_splits(config: DataConfig, size: int, seed: int, directory: Path) -> tuple[Views, Views | None]:
@@ -216,7 +229,7 @@ class StepSampler(Sampler[list[Key]]):
         self.order = lru_cache(maxsize=2)(self._order)
 
     def _order(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         return torch.randperm(self.size, generator=generator)
 
     def key(self, position: int) -> Key:
@@ -257,36 +270,48 @@ def make_loader(
     )
 
 
+@contextmanager
+def batches_of(loader: DataLoader) -> Iterator[Iterator]:
+    """The batches of a loader. However the block ends, its worker processes have ended when it has."""
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        end_workers = getattr(batches, "_shutdown_workers", None)  # else it happens whenever nothing holds the iterator
+        if end_workers is not None:
+            end_workers()
+
+
 # ------------------------------------------------------------------------------------------- command line
 
 
 def scan(folder: Path) -> int:
     """Read every image below FOLDER/<class>/, say what is wrong and how many there are. Returns the bad ones."""
-    samples = class_folders(folder).samples
-    paths = [path for path, _ in samples]
+    source = ClassFolders(folder)
+    paths = [path for path, _ in source.samples]
     with ProcessPoolExecutor() as pool:
         found = list(tqdm(pool.map(problem, paths, chunksize=16), total=len(paths), desc=str(folder), unit="image"))
     bad = [line for line in found if line]
-    sizes = Counter(label for _, label in samples).values()
-    others = sum(p.is_file() for p in folder.rglob("*")) - len(paths)
-    print("\n".join(bad + [""] * bool(bad)), end="")
+    sizes = Counter(label for _, label in source.samples).values()
+    kinds = ", ".join(f"{n} {suffix}" for suffix, n in source.others.most_common(5))
+    notes = [name_left_out(source.left_out), f"no images, by their names: {kinds}" if kinds else ""]
+    for line in [*bad, *filter(None, notes)]:
+        print(line)
     classes = f"{len(sizes)} classes of {min(sizes)}…{max(sizes)}"
-    print(f"{folder}: {len(paths)} images, {len(bad)} bad, {others} other files; {classes}")
+    print(f"{folder}: {len(paths)} images, {len(bad)} bad, {source.others.total()} other files; {classes}")
     return len(bad)
 
 
+@entry
 def main() -> None:
     """Read every image of a data set: python -m utils.data check DIR (with train/ and val/, or class folders)."""
-    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    parser = Parser(main.__doc__, prog="python -m utils.data")
     parser.add_argument("command", choices=["check"])
     parser.add_argument("directory", type=Path)
     root = parser.parse_args().directory
     folders = [root / split for split in ("train", "val") if (root / split).is_dir()] or [root]
-    try:
-        if sum([scan(folder) for folder in folders]):
-            raise SystemExit(1)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    if sum([scan(folder) for folder in folders]):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import ctypes
 import inspect
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -61,18 +60,6 @@ class Ranks:
         if self.world > 1:
             dist.all_gather_object(things, thing)
         return things
-
-    @contextmanager
-    def user_errors(self, *kinds: type[Exception]) -> Iterator[None]:
-        """A ValueError (or one of these kinds) inside is something a user can mend: one line, no traceback."""
-        caught = kinds or (ValueError,)
-        try:
-            yield
-        except caught as error:
-            traceback.clear_frames(error.__traceback__)  # lets a loader go, and with it its workers, before the end
-            where = "" if self.first else f" (rank {self.rank})"
-            print(f"error{where}: {error}", file=sys.stderr)
-            raise SystemExit(1) from None
 
     def wait(self) -> None:
         """Until every rank is here."""
@@ -149,12 +136,36 @@ def alone() -> Ranks:
     return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def check_launch() -> None:
+    """Raises ValueError when the environment describes a process among others, but not wholly or wrongly."""
+    env = os.environ
+    if "RANK" not in env and "LOCAL_RANK" not in env:
+        return
+    absent = [name for name in LAUNCHER if not env.get(name)]
+    if absent:
+        there = ", ".join(name for name in (*LAUNCHER, "LOCAL_RANK") if env.get(name))
+        raise ValueError(f"{', '.join(absent)} missing beside {there}: start with torchrun or a script, or unset these")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK"):
+        if not env.get(name, "0").isdecimal():
+            raise ValueError(f"{name} must be a whole number, got {env[name]!r}")
+    if int(env["RANK"]) >= int(env["WORLD_SIZE"]):
+        raise ValueError(f"RANK {env['RANK']} is not below WORLD_SIZE {env['WORLD_SIZE']}")
+    if not 0 < int(env["MASTER_PORT"]) < 2**16:
+        raise ValueError(f"MASTER_PORT must be between 1 and 65535, got {env['MASTER_PORT']}")
+
+
 @contextmanager
 def ranks(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
     """Join the process group that torchrun describes in the environment, or run alone."""
     keep_freed_memory()
+    check_launch()
     local = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this node has no GPU: there are {torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     else:
@@ -164,7 +175,12 @@ def ranks(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
         return
     die_with_parent()  # a launcher that is killed takes its ranks along
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    try:
+        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"the ranks cannot meet at {where} (MASTER_ADDR:MASTER_PORT): {first}") from None
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     finally:

@@ -10,14 +10,18 @@ import hashlib
 import json
 import os
 import pickle
+import re
+import time
+import uuid
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -30,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """A name to write under. What is there at the end is flushed to disk and takes the place of `path`; after an error
     nothing is left of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial_{path.name}")
+    partial = path.with_name(f".partial_{uuid.uuid4().hex[:12]}_{path.name}")  # two writers do not share it
     try:
         yield partial
         flush(partial)
@@ -39,6 +43,14 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
         raise
     flush(path.parent)
+
+
+def remove_stale(directory: Path) -> None:
+    """Removes what killed writers left under temporary names more than an hour ago."""
+    for left in directory.glob(".partial_*"):
+        with suppress(OSError):
+            if left.is_file() and time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
 
 
 def flush(path: Path) -> None:
@@ -119,25 +131,80 @@ def read_array(path: Path, mmap: bool = False) -> np.ndarray:
 
 
 def read_tensors(path: Path, mmap: bool = False) -> dict:
-    """What a `.safetensors`, `.pth` or `.pt` file holds, without executing anything in it.
+    """What a safetensors, `.pth` or `.pt` file holds, whatever its suffix, without executing anything in it.
 
     What the file claims to hold is checked against its size before memory is taken. Raises ValueError when it is
-    damaged, or not a file of plain tensors.
+    damaged, or not a file of plain tensors, and says what it is instead.
     """
     try:
-        if path.suffix == ".safetensors":
+        kind = content_of(path)
+        if kind == SAFETENSORS:
             return load_file(path)
+        if kind:
+            raise ValueError(kind)
         check_archive(path)
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with torch.serialization.safe_globals([Namespace]):  # flags beside the weights: a bag of names, without code
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor) and not plain(leaf):
                 raise ValueError(f"a tensor of shape {tuple(leaf.shape)} has fewer numbers than that")
     except Exception as error:  # whatever a reader raises is this file's fault
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "it asks for code to be run, which is refused"
-        raise ValueError(f"{path} is missing, damaged or not a file of plain tensors: {reason}") from None
+        raise ValueError(f"{path} is missing, damaged or not a file of plain tensors: {reason(error)}") from None
     return found
+
+
+SAFETENSORS = "safetensors"
+FETCH = "fetch the file itself again"
+# How a file begins → what it is. None of these is a weight file.
+CONTENTS = {
+    b"version https://git-lfs": f"it is a Git LFS pointer, which stands for the file: run git lfs pull, or {FETCH}",
+    b"<": f"it is a web page (HTML or XML), not the file that was to be downloaded: {FETCH}",
+    b"{": f"it is JSON text, an error message perhaps, not the file that was to be downloaded: {FETCH}",
+    b"\x1f\x8b": "it is a gzip archive: unpack it first",
+    b"BZh": "it is a bzip2 archive: unpack it first",
+    b"\xfd7zXZ": "it is an xz archive: unpack it first",
+    b"7z\xbc\xaf": "it is a 7z archive: unpack it first",
+    b"Rar!": "it is a RAR archive: unpack it first",
+    b"\x89HDF": "it is an HDF5 file: only PyTorch's files and safetensors are read",
+    b"GGUF": "it is a GGUF file: only PyTorch's files and safetensors are read",
+    b"\x93NUMPY": "it is a NumPy array: only PyTorch's files and safetensors are read",
+    b"\x89PNG": "it is a picture",
+    b"\xff\xd8\xff": "it is a picture",
+}
+
+
+def content_of(path: Path) -> str:
+    """SAFETENSORS, what else than weights a file is, or nothing: then it may be PyTorch's."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        return f"it is empty: {FETCH}"
+    for begin, kind in CONTENTS.items():
+        if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(begin) or head.startswith(begin):
+            return kind
+    if head[8:9] == b"{":  # the length of a header, and the header
+        whole = 8 + int.from_bytes(head[:8], "little") <= size
+        return SAFETENSORS if whole else f"it is the beginning of a safetensors file, cut off at {size} bytes: {FETCH}"
+    if head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
+        return f"it is the beginning of a PyTorch file, cut off at {size} bytes: {FETCH}"
+    return ""
+
+
+def reason(error: Exception) -> str:
+    """A reader's complaint in a line."""
+    text = str(error).strip()
+    if isinstance(error, pickle.UnpicklingError):
+        asked = re.search(r"GLOBAL ([\w.]+)", text)
+        if asked:
+            return (
+                f"it asks for code to be run, which is refused: it holds an object of {asked[1]}; if you trust the "
+                "file, load it with torch.load(…, weights_only=False) and save its state dict alone"
+            )
+        return "it asks for code to be run, which is refused, or it is no weight file at all"
+    if isinstance(error, SafetensorError) and ("incomplete" in text.lower() or "metadata" in text.lower()):
+        return f"it is damaged or cut off ({text.splitlines()[0]}): {FETCH}"
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
@@ -155,6 +222,9 @@ def check_archive(path: Path) -> None:
         return
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
+    if not any(entry.filename.endswith("data.pkl") for entry in entries):
+        some = ", ".join(entry.filename for entry in entries[:3])
+        raise ValueError(f"it is a zip archive (of {some}), not one of PyTorch's: unpack it first")
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise ValueError("its entries claim more than the file holds")
@@ -165,6 +235,16 @@ def plain(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def digest_of_stats(files: Iterable[str | Path], base: str | Path) -> str:
+    """SHA-256 over files' names below `base`, sizes and times of change: another one when any was changed."""
+    total = hashlib.sha256()
+    for file in files:
+        stat = os.stat(file)
+        name = os.fsencode(os.path.relpath(file, base))
+        total.update(b"%s %d %d\n" % (name, stat.st_size, stat.st_mtime_ns))
+    return total.hexdigest()
 
 
 def digest(path: Path) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Any, TypeVar
 
 import simple_parsing
 
 Config = TypeVar("Config")
+LARGEST = 2**63 - 1  # of whole numbers: seeds and counts must fit 64 bits wherever they go
 
 
 def alias(default, *names: str):
@@ -18,18 +22,59 @@ def alias(default, *names: str):
     return simple_parsing.field(default=default, alias=list(names))
 
 
+@dataclass(frozen=True)
+class Flags:
+    """A group of flags: its numbers are numbers. Subclasses that check more call `super().__post_init__()` first."""
+
+    def __post_init__(self):
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple | list) else [value]:
+                check_number(name, number)
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises ValueError for nan, infinities, and whole numbers that need more than 64 bits."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"--{name} must be a finite number, got {value}")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"--{name} must fit 64 bits, got {value}")
+
+
+def default_of(f: Field) -> Any:
+    return f.default_factory() if f.default_factory is not MISSING else f.default
+
+
+def changed(group: object, names: Sequence[str] | None = None) -> list[str]:
+    """Names of the fields (of these, or all) that differ from their default."""
+    defaults = {f.name: default_of(f) for f in fields(group)}
+    return [name for name in (defaults if names is None else names) if getattr(group, name) != defaults[name]]
+
+
 def only_with(group: object, condition: bool, reason: str, names: Sequence[str]) -> None:
     """Fields that differ from their default although nothing would read them are a contradiction."""
-    defaults = {f.name: f.default for f in fields(group)}
-    changed = [name for name in names if getattr(group, name) != defaults[name]]
-    if changed and not condition:
-        raise ValueError(f"--{changed[0]} has no effect without {reason}")
+    given = [] if condition else changed(group, names)
+    if given:
+        raise ValueError(f"--{given[0]} has no effect without {reason}")
+
+
+def without(group: object, condition: bool, reason: str, names: Sequence[str]) -> None:
+    """The same, said of what the flags do not go together with."""
+    given = changed(group, names) if condition else []
+    if given:
+        raise ValueError(f"--{given[0]} has no effect with {reason}: leave one of them out")
 
 
 def at_least(group: object, **bounds: float) -> None:
     for name, bound in bounds.items():
         if getattr(group, name) < bound:
             raise ValueError(f"--{name} must be at least {bound}, got {getattr(group, name)}")
+
+
+def at_most(group: object, **bounds: float) -> None:
+    for name, bound in bounds.items():
+        if getattr(group, name) > bound:
+            raise ValueError(f"--{name} must be at most {bound}, got {getattr(group, name)}")
 
 
 # Released flags that mean nothing here, and what to use instead.
@@ -76,9 +121,64 @@ def translate(argv: Sequence[str]) -> list[str]:
     return out
 
 
-def parse(config_class: type[Config], argv: Sequence[str] | None = None, description: str = "") -> Config:
+def number(kind: type[int] | type[float], least: float) -> Callable[[str], float]:
+    """The `type` of a number of at least so much, where a parser's flags are no dataclass."""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+            check_number("it", value)
+        except ValueError:
+            value = None
+        if value is None or value < least:
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is no {what} of at least {least} (of 64 bits)")
+        return value
+
+    return convert
+
+
+def whole(least: int = 0) -> Callable[[str], int]:
+    """See `number`."""
+    return number(int, least)
+
+
+class Help(simple_parsing.SimpleHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help texts as they stand: argparse would read a % in them as a placeholder."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        action = copy(action)
+        action.help = (action.help or "").replace("%", "%%")
+        return super()._get_help_string(action)
+
+
+class Parser(simple_parsing.ArgumentParser):
+    """The parser of every entry: no abbreviations, and an error is one line that names the flag, with status 2."""
+
+    words: Sequence[str] = ()  # that are being parsed
+
+    def __init__(self, description: str | None = None, prog: str | None = None):
+        super().__init__(
+            prog=prog, description=description, allow_abbrev=False, add_config_path_arg=False, formatter_class=Help
+        )
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None, **options):
+        self.words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace, **options)
+
+    def error(self, message: str):
+        flags = [word.partition("=")[0] for word in self.words if word.startswith("--") and word != "--"]
+        unknown = [flag for flag in flags if flag not in self._option_string_actions]
+        if unknown:  # before anything that may follow from it
+            message = f"unrecognized arguments: {' '.join(unknown)}"
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def parse(
+    config_class: type[Config], argv: Sequence[str] | None = None, description: str = "", prog: str | None = None
+) -> Config:
     """Flags → config. Exits with status 2 and names the flag when something is wrong."""
-    parser = simple_parsing.ArgumentParser(description=description, allow_abbrev=False, add_config_path_arg=False)
+    parser = Parser(description, prog)
     parser.add_arguments(config_class, dest="config")
     try:
         words = translate(sys.argv[1:] if argv is None else argv)

@@ -1,4 +1,4 @@
-"""One image: read without trust, made upright RGB, and cropped as training or evaluation sees it."""
+"""Images as training and evaluation see them: cropped, flipped, shifted; and the bad ones that a run may skip."""
 
 from __future__ import annotations
 
@@ -7,23 +7,11 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
+
+from utils.image_files import BadImage
 
 View = Callable[[Image.Image, int, random.Random | None], Image.Image]  # size; no rng: the evaluation view
-
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26  # of a file: a small one can claim to unpack to gigabytes
-MAX_ASPECT = 100  # longer side over shorter: the crop scales the shorter one up
-
-
-# ------------------------------------------------------------------------------------------------- reading
-
-
-class BadImage(ValueError):
-    """An image file that cannot be used: its path, and why, in a line."""
-
-    def __init__(self, message: str):
-        # A loader's worker hands over its whole traceback as the message: the last line says it.
-        super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.BadImage: "))
 
 
 class SkipBad:
@@ -35,7 +23,7 @@ class SkipBad:
     def note(self, error: BadImage, images: int) -> None:
         """List a bad image, once. Raises BadImage when there are too many."""
         self.record.parent.mkdir(parents=True, exist_ok=True)
-        with self.record.open("a+", encoding="utf-8") as file:
+        with self.record.open("a+", encoding="utf-8", errors="surrogateescape") as file:
             file.seek(0)
             known = set(file.read().splitlines())
             if str(error) not in known:
@@ -46,35 +34,6 @@ class SkipBad:
                 f"{len(known)} of {images} images are bad, more than --bad_image_limit {self.limit:g} allows; "
                 f"{self.record} lists them"
             )
-
-
-def read_image(path: str) -> Image.Image:
-    """An RGB picture, upright as its EXIF says. Raises BadImage."""
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} × {image.height} pixels are more than {MAX_PIXELS / 1e6:.0f} million")
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise ValueError(
-                    f"{image.width} × {image.height} pixels: one side is over {MAX_ASPECT} times the other"
-                )
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"its pixels have more than 8 bits a channel (mode {image.mode})")
-            upright = ImageOps.exif_transpose(image)
-            if "transparency" in upright.info:
-                upright = upright.convert("RGBA")  # a palette's transparent colour keeps its own red, green and blue
-            return upright.convert("RGB")
-    except Exception as error:  # whatever a decoder raises is this file's fault
-        raise BadImage(f"cannot use the image {path}: {error}") from None
-
-
-def problem(path: str) -> str:
-    """What is wrong with an image file; empty when nothing is."""
-    try:
-        read_image(path)
-    except BadImage as error:
-        return str(error)
-    return ""
 
 
 # -------------------------------------------------------------------------------------------------- views

@@ -183,6 +183,11 @@ class Learner(ABC):
         """Show what this run does otherwise than the checkpoint's. Raises ValueError for what cannot change."""
         now = {**as_json(asdict(self.config)), "facts": as_json(self.facts())}
         before = {**manifest["config"], "facts": manifest["facts"]}
+        if not before.get("speed", {}).get("code_cache"):  # runs of old said it in their flags alone
+            data = {name: before["data"][name] for name in ("dataset", "augment") if name in before["data"]}
+            before["facts"] = {**data, **before["facts"]}
+        for groups in (before, now):  # of a code cache the flags say nothing, the facts all
+            groups["data"] = {k: v for k, v in groups["data"].items() if k not in ("dataset", "augment")}
         lines = check_changes(before, now, self.directory, self.config.run.allow_change)
         if manifest["micro_batch"] != self.micro_batch:
             lines.append(f"images of a rank at a time {manifest['micro_batch']} → {self.micro_batch}: other draws")

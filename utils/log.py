@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import netrc
+import os
 import platform
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 import uuid
 from dataclasses import asdict
 from pathlib import Path
+from urllib.parse import urlparse
 
 import torch
 import torchvision
@@ -21,6 +24,8 @@ from utils.config import LogConfig, TrainConfig
 from utils.config_tokenizer import TokenizerTrainConfig
 from utils.distributed import Ranks
 from utils.files import replacing
+
+METRICS = "metrics.jsonl"
 
 
 class Silent:
@@ -40,10 +45,10 @@ class JsonLines(Silent):
     """One JSON object a line, each with its step. Lines past `start` are from before a resume, and dropped."""
 
     def __init__(self, path: Path, start: int):
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         with replacing(path) as partial:
-            partial.write_text("".join(line for line in lines if step_of(line) <= start))
-        self.file = path.open("a", buffering=1)
+            partial.write_text("".join(line for line in lines if step_of(line) <= start), encoding="utf-8")
+        self.file = path.open("a", buffering=1, encoding="utf-8")
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
@@ -58,6 +63,12 @@ def step_of(line: str) -> float:
         return json.loads(line)["step"] if line.endswith("\n") else math.inf
     except (ValueError, TypeError, KeyError):
         return math.inf
+
+
+def has_metric(path: Path, step: int, name: str) -> bool:
+    """True when a metrics.jsonl has a number of this name for this step."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return any(step_of(line) == step and name in json.loads(line) for line in lines)
 
 
 class TensorBoard(Silent):
@@ -129,12 +140,34 @@ class Several(Silent):
             logger.close()
 
 
+def check_tracking(config: LogConfig) -> None:
+    """Raises ValueError when W&B would ask for a key: there is nobody to answer on a cluster."""
+    if config.logger_type != "wandb":
+        return
+    online = os.environ.get("WANDB_MODE", "online") in ("online", "run")
+    if online and not has_wandb_key():
+        raise ValueError(
+            "--logger_type wandb has no key: set WANDB_API_KEY, run wandb login, or set WANDB_MODE=offline"
+        )
+
+
+def has_wandb_key() -> bool:
+    """True where W&B will find credentials: in the environment, or in the netrc file that `wandb login` writes."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc").authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
 def make_logger(config: TrainConfig | TokenizerTrainConfig, ranks: Ranks, start: int) -> Silent:
     """The loggers of a run that goes on after step `start`; silent but on the first rank."""
     if not ranks.first:
         return Silent()
     directory, kind = config.run.directory, config.log.logger_type
-    loggers: list[Silent] = [JsonLines(directory / "metrics.jsonl", start)]
+    loggers: list[Silent] = [JsonLines(directory / METRICS, start)]
     if kind == "tensorboard":
         loggers.append(TensorBoard(directory / "tensorboard", start))
     elif kind == "wandb":

@@ -8,22 +8,20 @@ import time
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from models.sampling import evaluating
-from utils.checkpoint import SaveError
-from utils.data import StepSampler, Views, evenly, make_loader
-from utils.distributed import Ranks, alone, ranks
-from utils.files import write_json
-from utils.images import BadImage
+from utils.data import StepSampler, Views, batches_of, evenly, make_loader
+from utils.distributed import Ranks, check_launch, ranks
+from utils.files import remove_stale, write_json
 from utils.learner import Config, Learner, Metrics
-from utils.log import Progress, make_logger, record_start
+from utils.log import METRICS, Progress, Silent, check_tracking, has_metric, make_logger, record_start
 from utils.pictures import save_picture
 from utils.process import StopRequest, locked
 
@@ -31,21 +29,18 @@ from utils.process import StopRequest, locked
 def start(config: Config, build: Callable[[Config, Ranks], Loop], check: Callable[[Config], None]) -> None:
     """A training run from its config to its end, alone or as one of torchrun's ranks; with --check, only the check.
 
-    What a user can mend is one line on stderr and status 1. SIGTERM and SIGUSR1 save, and end with 128 + the signal.
+    SIGTERM, SIGUSR1 and Ctrl-C save, and end with 128 + the signal; a second Ctrl-C ends at once.
     """
+    check_tracking(config.log)
+    check_launch()
     if config.run.check:
-        with alone().user_errors():
-            return check(config)
+        return check(config)
     with (
         ranks(timedelta(minutes=config.run.timeout_minutes)) as me,
         StopRequest().listening() as stop,
-        ExitStack() as stack,
+        locked(config.run.directory, me.first),
     ):
-        with me.user_errors():
-            stack.enter_context(locked(config.run.directory, me.first))
-            loop = build(config, me)
-        with me.user_errors(BadImage, FloatingPointError, SaveError, OSError):
-            loop.fit(stop)
+        build(config, me).fit(stop)
 
 
 class Loop(Learner):
@@ -100,45 +95,33 @@ class Loop(Learner):
 
         Raises BadImage, FloatingPointError, SaveError; SystemExit when it was asked to stop.
         """
-        watch = self.config.watch
         progress = Progress(self.config.run.exp_name, self.stop_step, self.step, self.ranks)
-        if self.step >= self.stop_step:
+        owed = self.owed_reports()
+        if self.step >= self.stop_step and not any(owed):
             return progress.say(f"finished at step {self.step}: nothing to do in {self.directory}")
         self.record()
         log = make_logger(self.config, self.ranks, self.step)
         progress.say(self.describe())
         progress.say(self.describe_batch())
-        batches, signal = iter(self.loader()), 0.0
+        signal = 0.0
         try:
-            while self.step < self.stop_step and not signal:
-                self.train_step(batches)
-                progress.advance(self.config.optim.bs)
-                self.guard.heed(self.keys, progress.say, latest=self.precision.name == "fp16")
-                if self.due(self.config.log.log_every):
-                    self.guard.heed(self.keys, progress.say)
-                    values = self.meter.means(self.ranks)
-                    values["images_per_second"] = progress.rate()
-                    values["lr"] = self.optimizer.param_groups[0]["lr"]
-                    log.scalars({f"train/{name}": value for name, value in values.items()}, self.step)
-                    progress.show({name: values[name] for name in ("loss", "images_per_second", "lr")})
-                if self.due(watch.eval_every) and self.held_out_images:
-                    values = self.held_out()
-                    log.scalars({f"val/{name}": value for name, value in values.items()}, self.step)
-                    progress.say(f"step {self.step}: held-out loss {values['loss']:.4f}")
-                if self.due(watch.vis_every) and watch.vis_num_samples and (self.ranks.first or self.sharded):
-                    picture = self.picture()
-                    if self.ranks.first:
-                        save_picture(picture, self.directory / f"samples/step_{self.step:07d}.png")
-                        log.image("samples", picture, self.step)
-                signal, late = self.ranks.highest([stop.signal if stop else 0, self.overdue()])
-                if signal or late or self.save_due():
-                    self.guard.heed(self.keys, progress.say)
-                    self.save()
-                self.checkpoints.check()
+            self.report(owed, log, progress)
+            with batches_of(self.loader()) as batches:
+                while self.step < self.stop_step and not signal:
+                    self.train_step(batches)
+                    progress.advance(self.config.optim.bs)
+                    self.guard.heed(self.keys, progress.say, latest=self.precision.name == "fp16")
+                    if self.due(self.config.log.log_every):
+                        self.log_step(log, progress)
+                    signal, late = self.ranks.highest([stop.signal if stop else 0, self.overdue()])
+                    if signal or late or self.save_due():
+                        self.guard.heed(self.keys, progress.say)
+                        self.save()  # first: a failure of what follows costs nothing
+                    self.report(self.due_reports(), log, progress)
+                    self.checkpoints.check()
             self.checkpoints.finish()
             self.ranks.wait()  # until the first rank has written the last checkpoint
         finally:
-            del batches  # ends the loader's workers
             self.checkpoints.close()
             progress.close()
             log.close()
@@ -146,6 +129,47 @@ class Loop(Learner):
             progress.say(f"stopped by signal {int(signal)}, saved step {self.step}: the same command goes on")
             raise SystemExit(128 + int(signal))
         return None
+
+    def log_step(self, log: Silent, progress: Progress) -> None:
+        """Log the means since the last log line."""
+        self.guard.heed(self.keys, progress.say)
+        values = self.meter.means(self.ranks)
+        values["images_per_second"] = progress.rate()
+        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        log.scalars({f"train/{name}": value for name, value in values.items()}, self.step)
+        progress.show({name: values[name] for name in ("loss", "images_per_second", "lr")})
+
+    def due_reports(self) -> tuple[bool, bool]:
+        """Whether the step just done ends with a held-out loss, and with a picture."""
+        watch = self.config.watch
+        return (
+            self.due(watch.eval_every) and self.held_out_images > 0,
+            self.due(watch.vis_every) and watch.vis_num_samples > 0,
+        )
+
+    def owed_reports(self) -> tuple[bool, bool]:
+        """The same of the step that the run goes on from, which may have died between its save and them."""
+        loss, picture = self.due_reports() if self.step and self.ranks.first else (False, False)
+        loss = loss and not has_metric(self.directory / METRICS, self.step, "val/loss")
+        loss, picture = self.ranks.highest([loss, picture and not self.picture_path.is_file()])
+        return bool(loss), bool(picture)
+
+    @property
+    def picture_path(self) -> Path:
+        return self.directory / f"samples/step_{self.step:07d}.png"
+
+    def report(self, wanted: tuple[bool, bool], log: Silent, progress: Progress) -> None:
+        """The held-out loss and the picture of this step, as `wanted`."""
+        loss, picture = wanted
+        if loss:
+            values = self.held_out()
+            log.scalars({f"val/{name}": value for name, value in values.items()}, self.step)
+            progress.say(f"step {self.step}: held-out loss {values['loss']:.4f}")
+        if picture and (self.ranks.first or self.sharded):
+            drawn = self.picture()
+            if self.ranks.first:
+                save_picture(drawn, self.picture_path)
+                log.image("samples", drawn, self.step)
 
     def keys(self, step: int, rank: int) -> list[tuple[int, int]]:
         """Epoch and index of the images of a rank's step."""
@@ -200,7 +224,7 @@ class Loop(Learner):
     def facts(self) -> dict[str, object]:
         """See `Learner.facts`."""
         names = hashlib.sha256("\n".join(self.train_set.classes).encode()).hexdigest()
-        return {"images": len(self.train_set), "class_names_sha256": names}
+        return {"images": len(self.train_set), "class_names_sha256": names, **self.train_set.record}
 
     def described(self) -> dict[str, object]:
         """What DIRECTORY/config.json says."""
@@ -209,6 +233,7 @@ class Loop(Learner):
     def record(self) -> None:
         """Write the resolved config, and how the run was started."""
         if self.ranks.first:
+            remove_stale(self.directory)
             write_json(self.directory / "config.json", self.described())
             record_start(self.directory, self.ranks, self.step)
 

@@ -32,13 +32,29 @@ def spread_labels(n: int, num_classes: int) -> Tensor:
     return torch.arange(n) * num_classes // n if n <= num_classes else torch.arange(n) % num_classes
 
 
+def grid_layout(images: int, columns: int, cell: int, captioned: bool) -> tuple[int, int, int, int]:
+    """Of a captioned grid: width, height, a caption's height, the gap between pictures."""
+    gap, bar = max(2, cell // 64), caption_size(cell) * 3 // 2 if captioned else 0
+    return columns * (cell + gap) + gap, -(-images // columns) * (cell + bar + gap) + gap, bar, gap
+
+
+def grid_size(images: int, columns: int, side: int) -> tuple[int, int]:
+    """Width and height of a captioned grid of pictures of this side."""
+    return grid_layout(images, columns, max(side, SMALLEST_CELL), captioned=True)[:2]
+
+
+SMALLEST_CELL = 128  # pixels
+
+
+def caption_size(cell: int) -> int:
+    return max(12, cell // 11)
+
+
 def captioned_grid(images: list[Image.Image], captions: list[str], columns: int, cell: int = 0) -> Image.Image:
     """Pictures of one size in rows, each over its caption. Small ones are enlarged so that captions can be read."""
-    cell = cell or max(images[0].width, 128)
-    size = max(12, cell // 11)
-    font, bar, gap = caption_font(size), (size * 3 // 2 if any(captions) else 0), max(2, cell // 64)
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + bar + gap) + gap), "white")
+    cell = cell or max(images[0].width, SMALLEST_CELL)
+    width, height, bar, gap = grid_layout(len(images), columns, cell, any(captions))
+    font, sheet = caption_font(caption_size(cell)), Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = gap + i % columns * (cell + gap), gap + i // columns * (cell + bar + gap)
@@ -65,7 +81,7 @@ def enlarge(image: Image.Image, side: int) -> Image.Image:
 def coarse_to_fine(steps: dict[int, list[Image.Image]], captions: list[str]) -> Image.Image:
     """A strip: a row an image, a column a scale."""
     finest = max(steps)
-    cell = max(steps[finest][0].width, 128)
+    cell = max(steps[finest][0].width, SMALLEST_CELL)
     cells, texts = [], []
     for i, name in enumerate(captions):
         for s, images in steps.items():
@@ -77,7 +93,7 @@ def coarse_to_fine(steps: dict[int, list[Image.Image]], captions: list[str]) -> 
 def save_gif(steps: dict[int, list[Image.Image]], path: Path) -> None:
     """The scales as frames, all images side by side; the last frame stays longest."""
     finest = max(steps)
-    cell = max(steps[finest][0].width, 128)
+    cell = max(steps[finest][0].width, SMALLEST_CELL)
     frames = [
         captioned_grid(images, [f"{s}×{s}"] * len(images), square(len(images)), cell=cell)
         for s, images in steps.items()
@@ -88,7 +104,7 @@ def save_gif(steps: dict[int, list[Image.Image]], path: Path) -> None:
 
 def read_metrics(directory: Path, name: str) -> tuple[list[int], list[float]]:
     """Steps and values of one metric of a run, from its metrics.jsonl."""
-    lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     points = [(line["step"], line[name]) for line in lines if name in line]
     return [step for step, _ in points], [value for _, value in points]
 

@@ -15,13 +15,14 @@ from pathlib import Path
 
 LOCK = ".lock"
 OUTLIVE = 20  # seconds
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
     """Remembers the signal that asked this process to save and stop; 0 while there is none.
 
-    A launcher may pass on a signal that the process has had already: repeats change nothing.
+    A launcher may pass on a signal that the process has had already: repeats change nothing. But a second Ctrl-C, a
+    while after the first, ends the process at once; under torchrun its end does that.
     """
 
     def __init__(self):
@@ -29,7 +30,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Within, SIGTERM and SIGUSR1 do nothing but be remembered."""
+        """Within, SIGTERM, SIGUSR1 and Ctrl-C do nothing but be remembered."""
         old = {number: signal.signal(number, self.remember) for number in STOP_SIGNALS}
         try:
             yield self
@@ -38,7 +39,14 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def remember(self, number: int, frame: object) -> None:
-        self.signal = number
+        again, self.signal = self.signal == number == signal.SIGINT, self.signal or number
+        if number != signal.SIGINT or ("RANK" in os.environ and again):
+            return
+        if again:
+            os.write(2, b"\ninterrupted again: ended at once, unsaved\n")
+            os._exit(128 + number)
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\ninterrupted: saves at the end of this step, then stops; again to end at once\n")
 
 
 def die_with_parent() -> None:

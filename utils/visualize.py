@@ -6,7 +6,6 @@ Legend: B batch, L tokens of a schedule, s side of a scale.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +15,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from models.pipeline import SARPipeline, open_pipeline, to_pil
+from models.pipeline import SARPipeline, class_names, open_pipeline, to_pil
 from models.sampling import Draw, evaluating, image_uniforms, walk
 from models.scales import shift_all, shift_up
 from utils.config import DataConfig
 from utils.data import encode_batch, open_dataset, plain_images
+from utils.entry import check_output_file, entry
+from utils.files import read_json
+from utils.flags import Parser, number, whole
 from utils.pictures import captioned_grid, coarse_to_fine, plot_curves, read_metrics
+from utils.run_record import find_run
 from utils.tables import markdown
 
 PAPER_FID = {
@@ -52,9 +55,21 @@ class HeldOut:
         views = open_dataset(data, schedule.sides[-1] * vae.config.factor, 0, split)
         if views is None:
             raise ValueError(f"{args.data_path} has no val/ to take held-out images from")
+        cls.check_classes(ckpt, pipeline, views.classes)
         images, labels = plain_images(views, args.n)
         tokens = encode_batch(vae, images, labels, schedule, supervision).tokens(schedule)
         return cls(pipeline, images, labels, tokens)
+
+    @staticmethod
+    def check_classes(ckpt: str, pipeline: SARPipeline, classes: list[str]) -> None:
+        """Raises ValueError when a run's classes are not those of the data: their labels would mean others."""
+        run = find_run(ckpt)
+        names = class_names(classes, pipeline.model.config.num_classes)
+        if run is not None and run.class_names not in (None, names):
+            raise ValueError(
+                f"{run.directory} was trained on other classes ({', '.join(run.class_names[:3])} …) than the data's "
+                f"({', '.join(names[:3])} …): give the run's own --dataset and --data_path"
+            )
 
     @torch.no_grad()
     def logits(self, fed: Tensor) -> Tensor:
@@ -110,7 +125,7 @@ def training_curves(args: argparse.Namespace) -> None:
 
 def throughput_fid(args: argparse.Namespace) -> None:
     """Fig. 1b: distance over throughput, from evaluation reports; the paper's FIDs as grey lines."""
-    reports = {name: json.loads(Path(path).read_text()) for name, path in distinct(args.reports, parent=True).items()}
+    reports = {name: read_json(Path(path)) for name, path in distinct(args.reports, parent=True).items()}
     figure = Figure(figsize=(4.8, 3.6), layout="constrained")
     plot = figure.subplots()
     names = {next((n for n in r if n == "fid" or n.startswith("frechet_distance")), None) for r in reports.values()}
@@ -235,42 +250,49 @@ def exposure(data: HeldOut, seed: int) -> tuple[Tensor, Tensor]:
     return data.nll(data.tokens), data.nll(data.rolled_out(seed))
 
 
+IMAGES = ["vae_ckpt", "pn", "dataset", "data_path", "n"]  # flags of figures of held-out images
+# Name → how it is drawn, the flags that it reads beside --out, and how many of the first one it takes.
 FIGURES = {
-    "training-curves": training_curves,
-    "throughput-fid": throughput_fid,
-    "tf-vs-ar": tf_vs_ar,
-    "trajectory": trajectory,
-    "sf-inputs": sf_inputs,
-    "supervision": supervision,
-    "exposure-bias": exposure_bias,
+    "training-curves": (training_curves, ["runs", "metric"], None),
+    "throughput-fid": (throughput_fid, ["reports"], None),
+    "tf-vs-ar": (tf_vs_ar, ["ckpt", *IMAGES, "seed"], 1),
+    "trajectory": (trajectory, ["ckpt", "vae_ckpt", "pn", "n", "cfg", "seed"], None),
+    "sf-inputs": (sf_inputs, ["ckpt", *IMAGES, "seed"], 1),
+    "supervision": (supervision, ["ckpt", *IMAGES], 1),
+    "exposure-bias": (exposure_bias, ["ckpt", *IMAGES, "seed"], None),
 }
 
 
+@entry
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m utils.visualize", description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__, prog="python -m utils.visualize")
     parser.add_argument("name", choices=FIGURES)
     parser.add_argument("--ckpt", nargs="+", default=[], help="checkpoints, as sample.py takes them")
     parser.add_argument("--vae_ckpt", default="", help="tokenizer, when the checkpoints bring none along")
     parser.add_argument("--pn", default="", help="scales, when the checkpoints bring none along")
     parser.add_argument("--dataset", default="folder", choices=["folder", "digits", "cifar10"])
     parser.add_argument("--data_path", default="", help="where the held-out images lie")
-    parser.add_argument("--n", type=int, default=4, help="images (exposure-bias wants hundreds)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cfg", type=float, default=0.0, help="trajectory: ramp guidance")
+    parser.add_argument("--n", type=whole(1), default=4, help="images (exposure-bias wants hundreds)")
+    parser.add_argument("--seed", type=whole(), default=0)
+    parser.add_argument("--cfg", type=number(float, 0), default=0.0, help="trajectory: ramp guidance")
     parser.add_argument("--runs", nargs="+", default=[], help="training-curves: run directories")
     parser.add_argument("--metric", default="val/loss", help="training-curves: what to plot")
     parser.add_argument("--reports", nargs="+", default=[], help="throughput-fid: report.json files")
     parser.add_argument("--out", default="", help="the PNG (exposure-bias: the Markdown table) to write")
     args = parser.parse_args()
-    needs = {"training-curves": "runs", "throughput-fid": "reports"}.get(args.name, "ckpt")
-    if not getattr(args, needs):
-        parser.error(f"{args.name} needs --{needs}")
+    draw, read, most = FIGURES[args.name]
+    unread = [n for n, v in vars(args).items() if n not in ("name", "out", *read) and v != parser.get_default(n)]
+    if unread:
+        parser.error(f"--{unread[0]} has no effect on {args.name}")
+    if not getattr(args, read[0]):
+        parser.error(f"{args.name} needs --{read[0]}")
+    if most is not None and len(getattr(args, read[0])) > most:
+        parser.error(f"{args.name} takes one --{read[0]}, got {len(getattr(args, read[0]))}")
     args.out = args.out or f"{args.name}.{'md' if args.name == 'exposure-bias' else 'png'}"
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        FIGURES[args.name](args)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
+    if args.name != "exposure-bias" and not args.out.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
+        parser.error(f"--out must be a .png, .jpg or .webp file, got {args.out!r}")
+    check_output_file(args.out, "--out")
+    draw(args)
     print(f"wrote {args.out}")
 
 

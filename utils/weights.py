@@ -46,8 +46,7 @@ def find_weights(path: str | Path, name: str = MODEL) -> Path:
 def read_state_dict(path: str | Path) -> StateDict:
     """The tensors of a weight file, `.safetensors` or `.pth`, out of whichever container holds them."""
     path = find_weights(path)
-    found = read_tensors(path)
-    return found if path.suffix == ".safetensors" else unwrap(found, path)
+    return without_prefixes(unwrap(read_tensors(path), path))
 
 
 def unwrap(found: object, path: Path) -> StateDict:
@@ -59,6 +58,14 @@ def unwrap(found: object, path: Path) -> StateDict:
     if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
         raise ValueError(f"{path} holds no state dict in a layout known here")
     return found
+
+
+def without_prefixes(weights: StateDict) -> StateDict:
+    """The tensors under the names of the model itself, where DDP's or torch.compile's prefix is on every one."""
+    for prefix in ("module.", "_orig_mod.", "module."):  # a compiled model in DDP, or the other way round
+        if all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    return weights
 
 
 def load_strictly(module: nn.Module, weights: StateDict, source: str | Path, assign: bool = False) -> None:

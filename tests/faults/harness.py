@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from tests.conftest import ROOT, config_of
 from train import build, check
 from utils.checkpoint import newest_checkpoint, read_checkpoint
+from utils.entry import entry
 from utils.loop import Loop, start
 
 Fault = Callable[[], None]  # prepares a process that will go wrong
@@ -46,7 +47,7 @@ def attempt(flags: list[str], fault: Fault = lambda: None, kill_after: float | N
             os.dup2(log, 2)
             sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
             fault()
-            start(config_of(flags), build, check)
+            entry(lambda: start(config_of(flags), build, check))()
             status = 0
         except SystemExit as end:
             status = end.code or 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.config_sampling import EvalConfig
+from utils.entry import notice
 from utils.evaluations.c2i.features import Extractor
-from utils.files import read_array, replacing
-from utils.images import adm_crop, read_image
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+from utils.files import digest_of_stats, read_array, replacing
+from utils.image_files import image_size, name_left_out, read_image, walk_images
+from utils.images import adm_crop
 
 
 class ImageSource(Protocol):
@@ -79,27 +79,46 @@ def npz_array(path: Path, name: str) -> np.ndarray | None:
 
 
 class FolderImages:
-    """All images below a folder, in the order of their paths; centre-cropped when a size is given."""
+    """All images below a folder, centre-cropped when a size is given.
 
-    def __init__(self, folder: Path, size: int = 0):
-        self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-        self.folder, self.size = folder, size
-        if not self.files:
+    They come in a permutation of their sorted paths, drawn from `seed`: the Inception Score splits runs of consecutive
+    images, which in the order of class folders would be of few classes. Without a size all must have one, or
+    ValueError is raised.
+    """
+
+    def __init__(self, folder: Path, size: int = 0, seed: int = 0):
+        tree = walk_images(folder)
+        if not tree.images:
             raise ValueError(f"{folder} holds no images")
+        if tree.left_out:
+            notice(name_left_out(tree.left_out))
+        order = torch.randperm(len(tree.images), generator=torch.Generator().manual_seed(seed))
+        self.files = [tree.images[i] for i in order]
+        self.folder, self.size = folder, size
+        if not size:
+            self.check_sizes(tree.images)
+
+    def check_sizes(self, files: list[str]) -> None:
+        """Raises ValueError unless all images are of one size: all, so that no batch size changes the verdict."""
+        (width, height), first = image_size(files[0]), files[0]
+        with ThreadPoolExecutor(8) as pool:
+            for file, size in zip(files, pool.map(image_size, files), strict=True):
+                if size != (width, height):
+                    different = f"{first} is {width}×{height}, {file} {size[0]}×{size[1]}"
+                    raise ValueError(
+                        f"the images in {self.folder} differ in size: give --image_size to crop them ({different})"
+                    )
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, path: Path) -> Tensor:
-        image = read_image(str(path))
+    def read(self, path: str) -> Tensor:
+        image = read_image(path)
         image = adm_crop(image, self.size, None) if self.size else image
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def batch(self, indices: range) -> Tensor:
-        images = [self.read(self.files[i]) for i in indices]
-        if len({image.shape for image in images}) > 1:
-            raise ValueError(f"the images in {self.folder} differ in size: give --image_size to crop them")
-        return torch.stack(images)
+        return torch.stack([self.read(self.files[i]) for i in indices])
 
 
 class Resized:
@@ -117,26 +136,22 @@ class Resized:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 over the names, sizes and times of change of a file or of all files below a folder."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    total = hashlib.sha256()
-    for file in files:
-        stat = file.stat()
-        total.update(f"{file.relative_to(path.parent)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return total.hexdigest()
+    """SHA-256 over the names, sizes and times of change of a file, or of all images below a folder."""
+    files = walk_images(path).images if path.is_dir() else [str(path)]
+    return digest_of_stats(files, path.parent)
 
 
 def describe_images(path: str, config: EvalConfig, extractor: Extractor) -> dict:
-    """What the features of given images depend on."""
-    described = {"images": path, "image_size": config.image_size, "features": extractor.name}
+    """The invariants of given images' features: change one, and the features are others."""
+    described = {"images": path, "image_size": config.image_size, "features": extractor.name, "seed": config.seed}
     return {**described, "images_sha256": fingerprint(Path(path))}
 
 
-def open_images(path: str | Path, size: int = 0) -> ImageSource:
-    """An npz file or a folder of images."""
+def open_images(path: str | Path, size: int = 0, seed: int = 0) -> ImageSource:
+    """An npz file or a folder of images, these centre-cropped to `size` and in an order of `seed`."""
     path = Path(path)
     if path.is_dir():
-        return FolderImages(path, size)
+        return FolderImages(path, size, seed)
     if not path.is_file():
         raise ValueError(f"no file or folder {path}")
     return NpzImages(path)

@@ -25,9 +25,10 @@ from utils.evaluations.c2i.metrics import WINDOW, psnr, ssim
 from utils.evaluations.c2i.reference import Reference
 from utils.evaluations.c2i.report import score
 from utils.evaluations.c2i.store import FeatureStore, chunk_size
-from utils.files import read_array, read_json, save_array
+from utils.files import read_array, save_array
 from utils.optim import exact_convolutions
 from utils.pictures import grid, save_picture
+from utils.run_record import find_run
 from utils.tokenizer_loss import resize_to
 from utils.weights import digest_of, load_tokenizer
 
@@ -79,9 +80,8 @@ class Reconstructed:
 
 def sides_of(config: EvalConfig, path: str, finest: int) -> tuple[int, ...]:
     """--pn, or the sides that a tokenizer's run was trained at, or the released ten; the last is the images' own."""
-    record = Path(path) / "config.json"
-    trained = read_json(record).get("model", {}).get("pn", "") if record.is_file() else ""
-    named = ScaleSchedule.parse(config.pn or trained) if config.pn or trained else DEFAULT_SCHEDULE
+    run = find_run(path)
+    named = ScaleSchedule.parse(config.pn) if config.pn else (run and run.schedule) or DEFAULT_SCHEDULE
     if config.pn and named.sides[-1] != finest:
         raise ValueError(f"--pn ends at {named.sides[-1]}, these images at {finest}")
     return (*(s for s in named.sides if s < finest), finest)
@@ -89,7 +89,10 @@ def sides_of(config: EvalConfig, path: str, finest: int) -> tuple[int, ...]:
 
 def evaluate_reconstructions(config: EvalConfig, extractor: Extractor, me: Ranks, directory: Path) -> dict[str, object]:
     """rFID, PSNR and SSIM of a tokenizer, and at every side PSNR, SSIM and the use of the codebook. Draws a picture."""
-    source, path = open_images(config.reconstruct, config.image_size), config.vae_ckpt or "pretrained/FlexVAE.pth"
+    source, path = (
+        open_images(config.reconstruct, config.image_size, config.seed),
+        config.vae_ckpt or "pretrained/FlexVAE.pth",
+    )
     chunk = chunk_size(config, me)
     described = describe_images(config.reconstruct, config, extractor)
     vae = load_tokenizer(path).to(me.device)

@@ -14,7 +14,7 @@ from utils.config_sampling import EvalConfig
 from utils.distributed import Ranks
 from utils.evaluations.c2i.features import Extractor
 from utils.evaluations.c2i.images import ImageSource
-from utils.files import as_json, read_json, read_tensor, save_tensors, write_json
+from utils.files import as_json, read_json, read_tensor, remove_stale, save_tensors, write_json
 
 Keep = Callable[[range, Tensor], None]  # what else is done with the images (n, 3, H, W) of a chunk
 
@@ -33,8 +33,10 @@ class FeatureStore:
             raise ValueError(
                 f"{directory} holds features of other settings ({', '.join(changed)}): use another --out_dir"
             )
-        if ranks.first and found is None:
-            write_json(record, described)
+        if ranks.first:
+            remove_stale(directory)
+            if found is None:
+                write_json(record, described)
 
     def path(self, chunk: int) -> Path:
         return self.directory / f"{chunk:06d}.safetensors"

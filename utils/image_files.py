@@ -1,0 +1,192 @@
+"""The one reader of pictures and the one walker of folders: whatever sees a user's images sees them through these."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, ImageOps
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26  # of a file: a small one can claim to unpack to gigabytes
+MAX_ASPECT = 100  # longer side over shorter: the crop scales the shorter one up
+ORIENTATION = 0x0112  # EXIF tag; from 5 on the picture lies on its side
+LEFT_OUT = "__MACOSX"  # what macOS adds to archives; hidden folders are left out, too
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+class BadImage(ValueError):
+    """An image file that cannot be used: its path, and why, in a line."""
+
+    def __init__(self, message: str):
+        # A loader's worker hands over its whole traceback as the message: the last line says it.
+        super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.BadImage: "))
+
+
+def read_image(path: str | Path, background: str = "white") -> Image.Image:
+    """An RGB picture, upright as its EXIF says, transparent parts over `background`. Raises BadImage."""
+    try:
+        with Image.open(path) as image:
+            return upright_rgb(image, background)
+    except Exception as error:  # whatever a decoder raises is this file's fault
+        raise BadImage(f"cannot use the image {path}: {error}") from None
+
+
+def upright_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """`read_image` of a picture that is open. Raises ValueError for more than 8 bits a channel, bombs and strips."""
+    check_size(image)
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"its pixels have more than 8 bits a channel (mode {image.mode})")
+    upright = ImageOps.exif_transpose(image)
+    if not upright.has_transparency_data:
+        return upright.convert("RGB")
+    layer = upright.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, background), layer).convert("RGB")
+
+
+def read_mask(path: str | Path) -> Image.Image:
+    """A mask (mode L): bright where it is white and opaque. Raises BadImage."""
+    return read_image(path, background="black").convert("L")
+
+
+def check_size(image: Image.Image) -> None:
+    """Raises ValueError for a picture that is too large or too narrow to be one."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} × {image.height} pixels are more than {MAX_PIXELS / 1e6:.0f} million")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{image.width} × {image.height} pixels: one side is more than {MAX_ASPECT} times the other")
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of the picture that `read_image` will give, from the file's header. Raises BadImage."""
+    try:
+        with Image.open(path) as image:
+            check_size(image)
+            size = image.size
+            return size[::-1] if image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8) else size
+    except Exception as error:  # whatever a decoder raises is this file's fault
+        raise BadImage(f"cannot use the image {path}: {error}") from None
+
+
+def problem(path: str) -> str:
+    """What is wrong with an image file; empty when nothing is."""
+    try:
+        read_image(path)
+    except BadImage as error:
+        return str(error)
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------- walking
+
+
+@dataclass
+class Tree:
+    """The files below a folder, symbolic links followed, in torchvision's order."""
+
+    images: list[str] = field(default_factory=list)  # paths
+    others: Counter[str] = field(default_factory=Counter)  # suffix → files that are no images
+    left_out: list[str] = field(default_factory=list)  # hidden folders and files, and __MACOSX
+
+
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == LEFT_OUT
+
+
+def suffix_of(name: str) -> str:
+    """The suffix of a file's name in lower case, or the name when it has none."""
+    return os.path.splitext(name)[1].lower() or name
+
+
+def walk_images(folder: str | Path) -> Tree:
+    """Finds the images below a folder."""
+    tree = Tree()
+    for directory, files in sorted(walk(str(folder), tree.left_out, ())):
+        for name in sorted(files):
+            if is_hidden(name):
+                tree.left_out.append(os.path.join(directory, name))
+            elif suffix_of(name) in IMG_EXTENSIONS:
+                tree.images.append(os.path.join(directory, name))
+            else:
+                tree.others[suffix_of(name)] += 1
+    return tree
+
+
+def walk(folder: str, left_out: list[str], above: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+    """Every folder below one, with its files. A link to a folder that it lies in is not followed."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    files = []
+    with os.scandir(folder) as entries:
+        for found in entries:
+            if not found.is_dir():
+                files.append(found.name)
+            elif is_hidden(found.name):
+                left_out.append(found.path)
+            else:
+                yield from walk(found.path, left_out, (*above, here))
+    yield folder, files
+
+
+def class_names_in(folder: str | Path) -> list[str]:
+    """The sorted names of the class folders. Raises ValueError when the folder cannot be read."""
+    try:
+        return sorted(found.name for found in os.scandir(folder) if found.is_dir() and not is_hidden(found.name))
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror}") from None
+
+
+class ClassFolders:
+    """The images in FOLDER/<class>/ as a sequence of (image, class id), classes in the order of their sorted names.
+
+    Raises ValueError when there are none, or a class has none.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = folder = str(folder)
+        self.classes = class_names_in(folder)
+        self.samples: list[tuple[str, int]] = []  # path, class id
+        beside = [found for found in os.scandir(folder) if found.name not in self.classes]
+        self.left_out = [found.path for found in beside if is_hidden(found.name)]
+        self.others = Counter(suffix_of(found.name) for found in beside if not is_hidden(found.name))
+        empty = []
+        for label, name in enumerate(self.classes):
+            check_name(os.path.join(folder, name))
+            tree = walk_images(os.path.join(folder, name))
+            self.samples += [(path, label) for path in tree.images]
+            self.left_out += tree.left_out
+            self.others += tree.others
+            empty += [] if tree.images else [name]
+        if not self.classes:
+            raise ValueError(f"{folder} holds no class folders: it must be {folder}/<class>/<image files>")
+        if empty:
+            raise ValueError(f"{folder} holds no images of the class{'es' * (len(empty) > 1)} {', '.join(empty[:5])}")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        return read_image(path), label
+
+
+def check_name(path: str) -> None:
+    """Raises ValueError for a name whose bytes are not UTF-8: it could be written to no record of the run."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the name of {os.fsencode(path)!r} is not UTF-8: rename it") from None
+
+
+def name_left_out(left_out: list[str]) -> str:
+    """A line that names what the walker left out; empty when that is nothing."""
+    if not left_out:
+        return ""
+    more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+    return f"left out, being hidden: {', '.join(left_out[:3])}{more}"

@@ -1,0 +1,74 @@
+"""What a training run says of itself: the scales, class names and tokenizer that its weights belong to."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.scales import ScaleSchedule
+from utils.checkpoint import last_facts
+from utils.files import read_json
+
+CONFIG = "config.json"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """DIRECTORY/config.json of a run of train.py or train_tokenizer.py."""
+
+    directory: Path
+    content: dict
+
+    @property
+    def schedule(self) -> ScaleSchedule | None:
+        pn = self.content["model"].get("pn")
+        return ScaleSchedule.parse(pn) if pn else None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return self.content.get("class_names")
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Digest of the tokenizer whose codes the run was trained on; empty when nothing tells it."""
+        described = self.content.get("tokenizer", {}).get("sha256")
+        return described or last_facts(self.directory).get("tokenizer_sha256", "")
+
+    @property
+    def tokenizer(self) -> str:
+        """Where its tokenizer lies: beside the run as it did, where it was, or as it was typed; whichever is there."""
+        described = self.content.get("tokenizer", {})
+        typed = self.content["model"].get("vae_ckpt", "")
+        places = [
+            self.directory / described["from_run"] if described.get("from_run") else None,
+            described.get("path"),
+            typed,
+            ROOT / typed if typed else None,
+        ]
+        return next((str(place) for place in places if place and Path(place).exists()), typed)
+
+
+def describe_tokenizer(path: str, sha256: str, directory: Path) -> dict[str, str]:
+    """The entry "tokenizer" of a run's config.json: its path, also from the run's directory, and its digest."""
+    whole = Path(path).resolve()
+    return {"path": str(whole), "from_run": os.path.relpath(whole, directory.resolve()), "sha256": sha256}
+
+
+def find_run(path: str | Path) -> RunRecord | None:
+    """The run that a directory, one of its checkpoints or a weight file in them belongs to; None when there is none.
+
+    Its config.json lies at most three folders above. One of another program there is passed over.
+    """
+    path = Path(path)
+    for place in [path, *list(path.absolute().parents)[:3]]:
+        if not (place / CONFIG).is_file():
+            continue
+        try:
+            content = read_json(place / CONFIG)
+        except ValueError:
+            continue
+        if isinstance(content.get("model"), dict) and isinstance(content["model"].get("pn"), str):
+            return RunRecord(place, content)
+    return None
