@@ -16,7 +16,9 @@ from experiments.measures import standard_error, table_of
 from experiments.plan_cifar10 import CLAIMS
 from models.pipeline import open_pipeline, to_pil
 from models.sampling import Draw, Guidance, draw_images
+from utils.entry import entry
 from utils.files import read_json
+from utils.flags import Parser
 from utils.optim import derive_seed
 from utils.pictures import captioned_grid, grid, plot_curves, read_metrics, spread_labels
 from utils.tables import markdown
@@ -215,8 +217,9 @@ def write_report(out: Path) -> None:
     print(text)
 
 
+@entry
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, prog="python -m experiments.report_cifar10")
     parser.add_argument("--out", type=Path, default=Path("out/cifar10_cpu"))
     write_report(parser.parse_args().out)
 

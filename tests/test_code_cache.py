@@ -175,3 +175,58 @@ def test_a_folder_of_photographs(tmp_path, small_vae_file, tiny_vae):
         codes, found = cached[key]
         assert found == label
         assert torch.equal(codes[None].long(), batch.tokens(cached.sides))
+
+
+@pytest.mark.parametrize("change", ["pixels", "time", "added", "removed", "renamed"])
+def test_images_that_changed_under_the_same_names_are_noticed(change, tmp_path, small_vae_file):
+    for i in range(4):
+        path = tmp_path / f"d/train/a/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(path)
+    data = DataConfig(data_path=str(tmp_path / "d"), workers=0)
+    flags = CacheFlags(flags_of(small_vae_file, tmp_path / "c").cache, data)
+    build(flags, ALONE)
+    build(flags, ALONE)  # the same again is no change
+    path = tmp_path / "d/train/a/1.png"
+    if change == "pixels":
+        Image.new("RGB", (16, 16), (1, 200, 9)).save(path)
+    elif change == "time":
+        os.utime(path, ns=(1, 1))
+    elif change == "added":
+        Image.new("RGB", (16, 16)).save(path.with_name("9.png"))
+    elif change == "removed":
+        path.unlink()
+    else:
+        path.rename(path.with_name("1b.png"))
+    with pytest.raises(ValueError, match=r"cache of other settings: .*files_sha256"):
+        build(flags, ALONE)
+
+
+def test_changed_arrays_are_noticed_too(tmp_path, small_vae_file, monkeypatch):
+    build(flags_of(small_vae_file, tmp_path / "c", crops=1), ALONE)
+    real = code_cache.files_digest
+    monkeypatch.setattr(code_cache, "files_digest", lambda views, path: real(views, path)[::-1])
+    with pytest.raises(ValueError, match="images changed"):
+        build(flags_of(small_vae_file, tmp_path / "c", crops=1), ALONE)
+
+
+def test_a_cache_of_before_still_goes_on(cache, small_vae_file, tmp_path):
+    shutil.copytree(cache, tmp_path / "c")
+    record = read_json(tmp_path / "c/settings.json")
+    write_json(tmp_path / "c/settings.json", {k: v for k, v in record.items() if k not in ("files_sha256", "augment")})
+    build(flags_of(small_vae_file, tmp_path / "c"), ALONE)
+
+
+def test_a_run_that_goes_on_from_a_cache_of_other_augmentation_is_refused(tmp_path, small_vae_file, flags):
+    for i in range(16):
+        for split in ("train", "val"):
+            path = tmp_path / f"d/{split}/a/{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (9 * i, 0, 0)).save(path)
+    for augment in ("crop", "flip"):
+        data = DataConfig(data_path=str(tmp_path / "d"), workers=0, augment=augment)
+        build(CacheFlags(flags_of(small_vae_file, tmp_path / augment).cache, data), ALONE)
+    flags = [f for f in flags if not f.startswith("--dataset")]
+    build_trainer(config_of(flags, f"--code_cache={tmp_path / 'crop'}", "--vis_num_samples=0"), ALONE).fit()
+    with pytest.raises(ValueError, match="--augment crop → flip"):
+        build_trainer(config_of(flags, f"--code_cache={tmp_path / 'flip'}", "--vis_num_samples=0"), ALONE)

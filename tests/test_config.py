@@ -8,9 +8,11 @@ from models.scales import DEFAULT_SCHEDULE
 from tests.conftest import ROOT
 from utils import config as config_module
 from utils import config_sampling, config_tokenizer
+from utils.code_cache import CacheFlags
 from utils.config import TrainConfig
 from utils.config_sampling import EvalConfig, SampleConfig
 from utils.config_tokenizer import TokenizerTrainConfig
+from utils.data import StepSampler
 from utils.flags import RETIRED, parse, translate
 
 
@@ -153,3 +155,114 @@ def test_configs_are_frozen():
     for name, thing in (vars(config_module) | vars(config_sampling) | vars(config_tokenizer)).items():
         if dataclasses.is_dataclass(thing) and isinstance(thing, type):
             assert thing.__dataclass_params__.frozen, name
+
+
+# --------------------------------------------------------------------------------------------- numbers
+
+CONFIGS = (TrainConfig, TokenizerTrainConfig, CacheFlags, SampleConfig, EvalConfig)
+
+
+def leaves(kind):
+    """Every field of a config's groups, with the value it has by default."""
+    for f in dataclasses.fields(kind):
+        if f.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(f.default_factory):
+            yield from leaves(f.default_factory)
+        else:
+            yield f, f.default if f.default is not dataclasses.MISSING else f.default_factory()
+
+
+KINDS = {"int": int, "float": float}
+NUMBERS = [(kind, f.name, KINDS[f.type]) for kind in CONFIGS for f, _ in leaves(kind) if f.type in KINDS]
+SWEEPS = [(EvalConfig, name, str) for name in ("sweep_cfg", "sweep_top_k", "sweep_top_p")]
+
+
+@pytest.mark.parametrize(("kind", "name", "number"), NUMBERS + SWEEPS)
+def test_numbers_are_numbers(kind, name, number, capsys):
+    """nan, infinities, more than 64 bits, less than anything means: refused by name, for every numeric flag."""
+    wrong = {
+        float: ["nan", "inf", "-inf", "-1e9", "x"],
+        int: [str(2**63), "-9", "1.5", "nan"],
+        str: ["nan", "inf", "1,nan", "1,-inf", "-1", "1;2", "x", "1,,2"],  # of a sweep
+    }
+    for value in wrong[number]:
+        with pytest.raises(SystemExit) as end:
+            parse(kind, ["--out=x" if kind is CacheFlags else "--precision=auto", f"--{name}={value}"])
+        assert end.value.code == 2
+        said = capsys.readouterr().err
+        assert name in said or "--sigma" in said or (number is str and "a sweep is written like" in said), said
+        assert len(said.splitlines()) == 1
+
+
+def test_large_seeds_order_the_data():
+    for seed in (0, 99_999_999_999_999, 2**63 - 1):
+        order = StepSampler(50, seed, 10, 10, 0, 1, 0, 5)
+        assert sorted(i for batch in order for _, i in batch) == list(range(50))
+
+
+UNREAD = [
+    (EvalConfig, ["--guidance=none", "--cfg=3"], "--cfg"),
+    (EvalConfig, ["--guidance=none", "--sweep_cfg=1,2"], "--sweep_cfg"),
+    (EvalConfig, ["--samples=a", "--ckpt=b"], "--ckpt"),
+    (EvalConfig, ["--samples=a", "--vae_ckpt=b"], "--vae_ckpt"),
+    (EvalConfig, ["--samples=a", "--pn=1_2"], "--pn"),
+    (EvalConfig, ["--samples=a", "--precision=bf16"], "--precision"),
+    (EvalConfig, ["--samples=a", "--guidance=constant"], "--guidance"),
+    (EvalConfig, ["--reconstruct=a", "--ckpt=b"], "--ckpt"),
+    (EvalConfig, ["--reconstruct=a", "--reference=b"], "--reference"),
+    (EvalConfig, ["--samples=a", "--make_reference=b", "--reference=c"], "--reference"),
+    (EvalConfig, ["--samples=a", "--make_reference=b", "--split_size=9"], "--split_size"),
+    (EvalConfig, ["--features=efficientnet_lite0", "--reference_sha256=b"], "--reference_sha256"),
+    (EvalConfig, ["--features=efficientnet_lite0", "--pr_fp16=true"], "--pr_fp16"),
+    (EvalConfig, ["--sweep_cfg=1,2", "--cfg=3"], "--cfg"),
+    (EvalConfig, ["--sweep_top_k=1,2", "--top_k=3"], "--top_k"),
+    (EvalConfig, ["--top_k=1", "--top_p=0.5"], "--top_p"),
+    (EvalConfig, ["--top_p=1.5"], "--top_p"),
+    (SampleConfig, ["--guidance=none", "--cfg=3"], "--cfg"),
+    (SampleConfig, ["--top_k=1", "--top_p=0.5"], "--top_p"),
+    (SampleConfig, ["--image=a", "--outpaint=1"], "--outpaint"),
+    (TrainConfig, ["--label_drop=0"], "--label_drop 0 never trains"),
+    (TrainConfig, ["--label_drop=0", "--training_mode=sf_full"], "--label_drop 0 never trains"),
+    (TrainConfig, ["--code_cache=c", "--augment=flip"], "--augment"),
+    (TrainConfig, ["--code_cache=c", "--dataset=digits"], "--dataset"),
+    (TrainConfig, ["--code_cache=c", "--data_path=d"], "--data_path"),
+    (TrainConfig, ["--code_cache=c", "--on_bad_image=skip"], "--on_bad_image"),
+    (TrainConfig, ["--csf_weight=0", "--ssr=last"], "--ssr"),
+    (TrainConfig, ["--csf_weight=0", "--rollout=sample"], "--rollout"),
+    (TrainConfig, ["--rollout=sample", "--sf_top_k=1", "--sf_top_p=0.5"], "--sf_top_p"),
+    (TrainConfig, ["--vis_num_samples=0", "--vis_every=5"], "--vis_every"),
+    (TrainConfig, ["--vis_num_samples=0", "--vis_cfg_scale=1"], "--vis_cfg_scale"),
+    (TrainConfig, ["--eval_images=0", "--eval_every=5"], "--eval_every"),
+    (TokenizerTrainConfig, ["--eval_images=0", "--eval_every=5"], "--eval_every"),
+    (CacheFlags, ["--out=c", "--verify=true", "--crops=3"], "--crops"),
+    (CacheFlags, ["--out=c", "--verify=true", "--data_path=d"], "--data_path"),
+]
+
+
+@pytest.mark.parametrize(("kind", "flags", "named"), UNREAD)
+def test_a_flag_that_nothing_reads_is_an_error(kind, flags, named, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(kind, flags)
+    assert end.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        (TrainConfig, ["--label_drop=0", "--rollout=argmax"]),
+        (TrainConfig, ["--label_drop=0", "--training_mode=teacher_forcing"]),
+        (TrainConfig, ["--label_drop=0", "--csf_weight=0"]),
+        (TrainConfig, ["--code_cache=c", "--workers=3"]),
+        (EvalConfig, ["--samples=a", "--seed=3"]),  # of the images' order
+        (EvalConfig, ["--top_k=1"]),
+        (CacheFlags, ["--out=c", "--verify=true"]),
+    ],
+)
+def test_a_flag_that_is_read_is_none(kind, flags):
+    parse(kind, flags)
+
+
+def test_help_shows_a_percent_sign_as_it_stands(capsys):
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--help"])
+    assert "flat for 5 % of" in " ".join(capsys.readouterr().out.split())

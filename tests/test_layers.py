@@ -86,3 +86,25 @@ def test_no_kernel_is_found_where_none_is_and_none_runs_on_a_cpu(monkeypatch):
     assert layers.kernel_for(torch.device("cpu"), torch.bfloat16) is None
     assert layers.kernel_for(torch.device("cuda"), torch.float32) is None
     assert layers.kernel_for(torch.device("cuda"), torch.bfloat16) is kernel
+
+
+@pytest.mark.parametrize(
+    ("package", "capability", "dtype", "runs"),
+    [
+        ("flash-attn", (7, 5), torch.float16, False),
+        ("flash-attn", (8, 0), torch.bfloat16, True),
+        ("flash-attn", (9, 0), torch.float16, True),
+        ("xformers", (6, 1), torch.float16, False),
+        ("xformers", (7, 5), torch.float16, True),
+        ("xformers", (7, 5), torch.bfloat16, False),
+    ],
+)
+def test_a_kernel_runs_only_on_cards_that_can(package, capability, dtype, runs, monkeypatch):
+    stub = types.SimpleNamespace(flash_attn_func=print, memory_efficient_attention=print)
+    monkeypatch.setitem(sys.modules, "flash_attn", stub if package == "flash-attn" else None)
+    monkeypatch.setitem(sys.modules, "xformers", types.SimpleNamespace(ops=stub))
+    monkeypatch.setitem(sys.modules, "xformers.ops", stub)
+    monkeypatch.setattr(layers, "KERNEL", layers.find_kernel())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert (layers.kernel_for(torch.device("cuda"), dtype) is not None) == runs
+    assert layers.kernel_for(torch.device("cuda"), torch.float32) is None

@@ -1,10 +1,12 @@
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import ALONE, config_of, run
+from tests.conftest import ALONE, config_of, run, tool
+from train import main
 from utils.distributed import Ranks
 from utils.log import JsonLines, Meter, Progress, Silent, clock, make_logger
 
@@ -78,3 +80,33 @@ def test_progress_reports_rate_and_remaining_time(capsys):
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (65, "1:05"), (3725, "1:02:05")])
 def test_clock(seconds, text):
     assert clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("environment", "netrc", "allowed"),
+    [
+        ({}, "", False),
+        ({}, "machine other.site login user password x", False),
+        ({}, "machine api.wandb.ai login user password x", True),
+        ({}, "no netrc at all", False),
+        ({"WANDB_BASE_URL": "https://own.site"}, "machine own.site login user password x", True),
+        ({"WANDB_BASE_URL": "https://own.site"}, "machine api.wandb.ai login user password x", False),
+        ({"WANDB_API_KEY": "x" * 40}, "", True),
+        ({"WANDB_MODE": "offline"}, "", True),
+        ({"WANDB_MODE": "disabled"}, "", True),
+        ({"WANDB_MODE": "online"}, "", False),
+    ],
+)
+def test_wandb_without_a_key_is_refused_before_any_work(environment, netrc, allowed, flags, tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if netrc:
+        (tmp_path / ".netrc").write_text(netrc + "\n")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    for more in ([], ["--check"]) if not allowed else (["--check"],):
+        status, _, err = tool(main, *flags, "--logger_type=wandb", *more)
+        assert status == (0 if allowed else 1), err
+        assert allowed or "WANDB_API_KEY" in err
+    assert not (tmp_path / "run").exists()

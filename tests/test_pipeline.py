@@ -6,7 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.pipeline import SARPipeline, default_names, find_class, imagenet_classes, open_pipeline, to_bytes
+from models.pipeline import (
+    SARPipeline,
+    default_names,
+    find_class,
+    imagenet_classes,
+    open_pipeline,
+    split_classes,
+    to_bytes,
+)
 from models.scales import ScaleSchedule
 from tests.conftest import run
 from utils.checkpoint import MODEL, Checkpoints, RunState
@@ -150,3 +158,44 @@ def test_a_name_that_is_nowhere_is_one_error(monkeypatch):
 def test_bytes_are_rounded_and_clamped():
     found = to_bytes(torch.tensor([-3.0, -1.0, -0.999, 0.0, 0.5, 1.0, 2.0]))
     assert found.tolist() == [0, 0, 0, 128, 191, 255, 255]
+
+
+AMBIGUOUS = ["Cat", "cat", "crane, bird", "crane", " spaces ", "3", "É", "crane"]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("Cat", 0), ("cat", 1), (" cat", 1), ("crane, bird", 2), (" spaces ", 4), ("spaces", 4), ("3", 5), (3, 3),
+     ("e\u0301", 6), ("7", 7), ("+7", 7)],
+)  # fmt: skip
+def test_the_exact_name_comes_first(name, wanted):
+    assert find_class(name, AMBIGUOUS) == wanted
+
+
+@pytest.mark.parametrize(("name", "ids"), [("CAT", r"0 \(Cat\), 1 \(cat\)"), ("crane", r"3 \(crane\), 7 \(crane\)")])
+def test_what_is_ambiguous_lists_the_ids(name, ids):
+    with pytest.raises(ValueError, match=ids):
+        find_class(name, AMBIGUOUS)
+
+
+def test_imagenets_own_twins():
+    names = imagenet_classes()
+    assert (find_class("cardigan", names), find_class("Cardigan", names)) == (474, 264)
+    with pytest.raises(ValueError, match=r"several classes .*264 \(Cardigan\), 474 \(cardigan\)"):
+        find_class("CARDIGAN", names)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("crane, bird", ["crane, bird"]),
+        ('"crane, bird",Cat', ["crane, bird", "Cat"]),
+        ('Cat, "crane, bird"', ["Cat", "crane, bird"]),
+        ("crane, bird\n spaces ", ["crane, bird", " spaces "]),
+        ("Cat,cat,3", ["Cat", "cat", "3"]),
+        ("", []),
+        (",,", []),
+    ],
+)
+def test_names_with_commas_and_spaces_can_be_given(text, wanted):
+    assert split_classes(text, AMBIGUOUS) == wanted

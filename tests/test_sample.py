@@ -3,11 +3,12 @@ import pytest
 from PIL import Image, ImageDraw
 
 from models.pipeline import SARPipeline
-from sample import main
+from sample import check_sheet, main
 from tests.conftest import tool
 from utils.config_sampling import SampleConfig
 from utils.flags import parse
 from utils.pictures import captioned_grid
+from utils.weights import save_weights
 
 
 @pytest.fixture
@@ -96,3 +97,60 @@ def test_long_captions_are_cut_and_drawn():
     caption = pixels[-16:]
     assert (caption < 100).sum() > 50  # there is ink under the pictures
     assert (caption[:, :2] > 200).all()
+
+
+def test_classes_may_be_repeated_and_quoted(vae, model, schedule, tmp_path):
+    names = ["crane, bird", "a", "A", *"bcdefgh"]
+    SARPipeline.of(vae, model, schedule, names).save_pretrained(tmp_path / "p")
+    files = tmp_path / "files"
+    common = ["--n=1", "--out", tmp_path / "g.png", "--files", files]
+    sample(tmp_path / "p", "--classes", "crane, bird", "--classes", "A,b", "--classes", '"crane, bird"', *common)
+    assert len(list(files.iterdir())) == 4
+    status, _, err = sample(tmp_path / "p", "--classes=H,A,Ä", *common, check=False)
+    assert (status, "no class is named 'Ä'" in err) == (1, True)
+
+
+@pytest.mark.parametrize("out", ["x.webp", "x.jpg"])
+def test_a_grid_that_its_file_cannot_hold_is_refused_before_the_first_image(out, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("sample.draw", None)
+    status, _, err = sample(saved, "--classes=0,1", "--n=1100", "--out", tmp_path / out, check=False)
+    assert (status, "more than such a file holds" in err) == (1, True)
+    check_sheet("--steps", "x.gif", 100, 10, 128)
+    with pytest.raises(ValueError, match=r"--steps x\.gif"):
+        check_sheet("--steps", "x.gif", 400_000, 632, 128)
+
+
+def test_files_are_written_as_they_come_and_leftovers_are_refused(saved, tmp_path, monkeypatch):
+    files, inner, calls = tmp_path / "files", SARPipeline.__call__, []
+
+    def fails_at_the_third(self, *args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("a failure")
+        return inner(self, *args, **options)
+
+    monkeypatch.setattr(SARPipeline, "__call__", fails_at_the_third)
+    common = ["--classes=1", "--out", tmp_path / "g.png", "--files", files, "--batch=2"]
+    assert sample(saved, *common, "--n=6", check=False)[0] == 1
+    assert sorted(p.name for p in files.iterdir()) == [f"{i:05d}.png" for i in range(4)]
+    status, _, err = sample(saved, *common, "--n=2", check=False)
+    assert (status, "holds 00002.png of another run" in err) == (1, True)
+    assert len(list(files.iterdir())) == 4
+    assert sample(saved, *common, "--n=6")[0] == 0
+    assert len(list(files.iterdir())) == 6
+
+
+@pytest.mark.parametrize("path", ["page", "strange", "list", "broken"])
+def test_a_config_of_another_program_is_passed_over(path, vae, model, tmp_path):
+    text = {"page": "<html>", "strange": '{"model": "resnet50"}', "list": '["a"]', "broken": "{"}[path]
+    (tmp_path / "w").mkdir()
+    (tmp_path / "config.json").write_text(text)
+    save_weights(model, tmp_path / "w/m.safetensors")
+    save_weights(vae, tmp_path / "v.safetensors")
+    common = ["--vae_ckpt", tmp_path / "v.safetensors", "--pn=1_2", "--classes=0", "--n=1", "--out", tmp_path / "o.png"]
+    assert sample(tmp_path / "w/m.safetensors", *common)[0] == 0
+
+
+def test_fill_steps_are_of_hybrid_models_only(saved, tmp_path):
+    status, _, err = sample(saved, "--classes=0", "--fill_steps=3", "--out", tmp_path / "x.png", check=False)
+    assert (status, "--fill_steps has no effect without a hybrid model" in err) == (1, True)

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from models.scales import draw_schedule
@@ -14,6 +15,7 @@ from trainer import Trainer
 from utils.checkpoint import newest_checkpoint
 from utils.data import CodeBatch, encode_batch, open_dataset
 from utils.distributed import Ranks
+from utils.loop import Loop
 from utils.weights import save_weights
 
 TF = "--training_mode=teacher_forcing"
@@ -235,3 +237,50 @@ def test_errors_of_a_user_are_one_line(flags):
 def test_mean_over_ranks_is_the_value_on_one():
     values = torch.tensor([1.0, 2.0])
     assert torch.equal(Ranks(0, 1, CPU).mean(values), values)
+
+
+@pytest.mark.parametrize("fails", ["held_out", "picture"])
+def test_a_failure_after_the_last_step_costs_nothing(fails, flags, tmp_path, monkeypatch):
+    """The checkpoint is written first; the same command makes up for what is owed, once."""
+    wanted = build(config_of(flags, f"--out_dir={tmp_path / 'wanted'}"), ALONE)
+    wanted.fit()
+
+    def failing(self):
+        raise RuntimeError("a failure")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer if fails == "picture" else Loop, fails, failing)
+        trainer = build(config_of(flags), ALONE)
+        with pytest.raises(RuntimeError, match="a failure"):
+            trainer.fit()
+    assert newest_checkpoint(tmp_path / "run").name == "step_0000003"
+    for _ in range(2):  # the second time there is nothing left to do
+        build(config_of(flags), ALONE).fit()
+        lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+        assert [line["val/loss"] for line in lines if "val/loss" in line] == [wanted_loss(tmp_path / "wanted")]
+        assert (tmp_path / "run/samples/step_0000003.png").is_file()
+
+
+def wanted_loss(directory):
+    return json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])["val/loss"]
+
+
+def test_held_out_losses_of_data_without_any_are_refused(flags, tmp_path):
+    for i in range(9):
+        path = tmp_path / f"data/train/a/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (9 * i, 0, 0)).save(path)
+    flags = [*(f for f in flags if not f.startswith("--dataset")), f"--data_path={tmp_path / 'data'}"]
+    with pytest.raises(ValueError, match="--eval_every has no effect: the data have no val/"):
+        build(config_of(flags, "--eval_every=2"), ALONE)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_run_does_not_write_into_its_data(split, flags, tmp_path):
+    for part in ("train", "val"):
+        path = tmp_path / f"data/{part}/a/0.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(path)
+    flags = [*(f for f in flags if not f.startswith(("--dataset", "--out_dir"))), f"--data_path={tmp_path / 'data'}"]
+    with pytest.raises(ValueError, match="whose images it would join"):
+        build(config_of(flags, f"--out_dir={tmp_path / 'data' / split / 'run'}"), ALONE)

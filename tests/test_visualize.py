@@ -70,3 +70,22 @@ def test_what_is_missing_is_named(runs, tmp_path):
         status, _, said = tool(figures.main, *flags)
         assert status != 0
         assert message in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["training-curves", "--runs", "a", "--n=3"], "--n has no effect on training-curves"),
+        (["trajectory", "--ckpt", "a", "--data_path=x"], "--data_path has no effect on trajectory"),
+        (["supervision", "--ckpt", "a", "--seed=3"], "--seed has no effect on supervision"),
+        (["tf-vs-ar", "--ckpt", "a", "b"], "takes one --ckpt, got 2"),
+        (["tf-vs-ar"], "needs --ckpt"),
+        (["trajectory", "--ckpt", "a", "--cfg=nan"], "--cfg"),
+        (["trajectory", "--ckpt", "a", "--n=0"], "--n"),
+        (["trajectory", "--ckpt", "a", f"--seed={2**63}"], "--seed"),
+        (["trajectory", "--ckpt", "a", "--out=x.txt"], "--out must be"),
+    ],
+)
+def test_flags_that_a_figure_does_not_read_are_errors(flags, said):
+    status, _, err = tool(figures.main, *flags)
+    assert (status, said in err) == (2, True), err

@@ -1,4 +1,6 @@
 import pickle
+import zipfile
+from argparse import Namespace
 
 import pytest
 import torch
@@ -130,3 +132,80 @@ def test_no_entry_point_executes_a_pickle(flags, small_vae_file, tmp_path):
         with pytest.raises(ValueError, match=r"bomb\.pth"):
             entry()
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_on_all_keys_are_taken_off(prefix, model, tmp_path):
+    weights = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    for path in containers(weights, tmp_path):
+        assert torch.equal(load_flexvar(path).head.weight, model.head.weight)
+    name = next(iter(weights))
+    some = {(k if k == name else k.removeprefix(prefix)): v for k, v in weights.items()}
+    with pytest.raises(ValueError, match=r"unexpected|has no"):
+        load_flexvar(containers(some, tmp_path)[0])
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt", ".safetensors", ""])
+def test_the_content_says_what_a_file_is_not_its_suffix(suffix, model, tmp_path):
+    for path in containers(model.state_dict(), tmp_path):
+        renamed = path.rename(tmp_path / f"renamed{suffix}")
+        assert load_flexvar(renamed).config.depth == 2
+
+
+def test_flags_beside_the_weights_do_no_harm(model, tmp_path):
+    torch.save({"model": model.state_dict(), "args": Namespace(depth=2, lr=1e-4)}, tmp_path / "x.pth")
+    assert load_flexvar(tmp_path / "x.pth").config.depth == 2
+
+
+class Other:
+    """A stranger's object in a checkpoint."""
+
+
+def cut(path, share, tmp_path):
+    whole = path.read_bytes()
+    (tmp_path / "cut").write_bytes(whole[: int(len(whole) * share)])
+    return tmp_path / "cut"
+
+
+STRANGE = {
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n", "Git LFS pointer.*git lfs pull"),
+    "page": (b"<!doctype html><html>404</html>", "web page.*fetch the file itself again"),
+    "page2": (b"\n\n  <HTML><body>quota</body>", "web page"),
+    "xml": (b"\xef\xbb\xbf<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "web page"),
+    "json": (b'{"error":"Repository not found"}', "JSON text"),
+    "empty": (b"", "it is empty"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(50), "gzip archive: unpack"),
+    "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(50), "7z archive: unpack"),
+    "rar": (b"Rar!\x1a\x07" + bytes(50), "RAR archive: unpack"),
+    "hdf": (b"\x89HDF\r\n\x1a\n" + bytes(50), "HDF5"),
+    "gguf": (b"GGUF" + bytes(50), "GGUF"),
+    "npy": (b"\x93NUMPY" + bytes(50), "NumPy"),
+    "png": (b"\x89PNG\r\n\x1a\n" + bytes(50), "picture"),
+    "text": (b"hello there, this is no weight file", "it is no weight file"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_file_that_is_no_weight_file_is_called_what_it_is(name, suffix, tmp_path):
+    content, said = STRANGE[name]
+    (tmp_path / f"x{suffix}").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"x{suffix} .*({said})"):
+        load_flexvar(tmp_path / f"x{suffix}")
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
+def test_half_a_download_is_called_so(share, model, tmp_path):
+    for path in containers(model.state_dict(), tmp_path):
+        with pytest.raises(ValueError, match=r"beginning of|cut off"):
+            load_flexvar(cut(path, share, tmp_path))
+
+
+def test_other_archives_and_objects_are_named(model, tmp_path):
+    with zipfile.ZipFile(tmp_path / "some.pth", "w") as archive:
+        archive.writestr("weights/model.pth", "x")
+    with pytest.raises(ValueError, match=r"zip archive \(of weights/model\.pth\).*unpack"):
+        load_flexvar(tmp_path / "some.pth")
+    torch.save({"model": model.state_dict(), "config": Other()}, tmp_path / "object.pth")
+    with pytest.raises(ValueError, match=r"object of tests\.test_weights\.Other.*save its state dict alone"):
+        load_flexvar(tmp_path / "object.pth")

@@ -28,7 +28,16 @@ class TokenizerConfig(Flags):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, image_size=1, base_width=32, res_blocks=1, codebook_size=2, codebook_dim=1, sides_per_step=0)
+        at_least(
+            self,
+            image_size=1,
+            base_width=32,
+            res_blocks=1,
+            z_channels=1,
+            codebook_size=2,
+            codebook_dim=1,
+            sides_per_step=0,
+        )
 
     @property
     def scales(self) -> ScaleSchedule:

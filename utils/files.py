@@ -144,7 +144,11 @@ def read_tensors(path: Path, mmap: bool = False) -> dict:
             raise ValueError(kind)
         check_archive(path)
         with torch.serialization.safe_globals([Namespace]):  # flags beside the weights: a bag of names, without code
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            if mmap:
+                found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            else:  # by its content: of a path, torch would look at the suffix
+                with path.open("rb") as file:
+                    found = torch.load(file, map_location="cpu", weights_only=True)
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor) and not plain(leaf):
                 raise ValueError(f"a tensor of shape {tuple(leaf.shape)} has fewer numbers than that")
@@ -188,6 +192,8 @@ def content_of(path: Path) -> str:
         return SAFETENSORS if whole else f"it is the beginning of a safetensors file, cut off at {size} bytes: {FETCH}"
     if head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
         return f"it is the beginning of a PyTorch file, cut off at {size} bytes: {FETCH}"
+    if not head.startswith((b"PK", b"\x80")):  # PyTorch's files are zip archives, or of old pickles
+        return "it is no weight file, neither one of PyTorch's nor safetensors"
     return ""
 
 

@@ -47,7 +47,7 @@ class RunRecord:
             typed,
             ROOT / typed if typed else None,
         ]
-        return next((str(place) for place in places if place and Path(place).exists()), typed)
+        return next((os.path.normpath(place) for place in places if place and Path(place).exists()), typed)
 
 
 def describe_tokenizer(path: str, sha256: str, directory: Path) -> dict[str, str]:
