@@ -8,7 +8,16 @@ from PIL import Image
 
 from models.scales import ScaleSchedule
 from utils.config import DataConfig
-from utils.data import StepSampler, accumulation, adm_crop, digits, encode_batch, make_loader, open_dataset
+from utils.data import (
+    StepSampler,
+    accumulation,
+    adm_crop,
+    check_dataset,
+    digits,
+    encode_batch,
+    make_loader,
+    open_dataset,
+)
 
 CPU = torch.device("cpu")
 
@@ -188,3 +197,10 @@ def test_supervision_from_resized_images(vae, expected):
     assert torch.equal(batch.codes[2], vae.codes(vae.encode(small), 2))
     assert torch.equal(batch.codes[4], expected["vae.codes"][:, 14:])
     assert not torch.equal(batch.codes[2], expected["vae.codes"][:, 1:5])
+
+
+def test_half_of_cifar10_is_named(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py/data_batch_1").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"no CIFAR-10 in .*or not all of it"):
+        check_dataset(DataConfig(dataset="cifar10", data_path=str(tmp_path)))

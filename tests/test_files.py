@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import re
+import time
 import zipfile
 from pathlib import Path
 
@@ -10,7 +11,16 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from utils.files import read_array, read_json, read_tensors, replacing, save_array, save_tensors, write_json
+from utils.files import (
+    read_array,
+    read_json,
+    read_tensors,
+    remove_stale,
+    replacing,
+    save_array,
+    save_tensors,
+    write_json,
+)
 
 # Reads that may execute what they read, or that skip the checks; writes that may leave half a file.
 DOORS = re.compile(
@@ -112,3 +122,22 @@ def test_arrays_execute_nothing(tmp_path):
     for name in ("x.npy", "y.npy", "z.npy"):
         with pytest.raises(ValueError, match=name):
             read_array(tmp_path / name)
+
+
+def test_two_writers_of_one_file_do_not_share_a_name(tmp_path):
+    path = tmp_path / "x.txt"
+    with replacing(path) as first, replacing(path) as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"  # the one that ended last, whole
+    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_what_killed_writers_left_is_removed_and_what_others_are_writing_is_not(tmp_path):
+    for name, age in (("old", 7200), ("new", 60)):
+        left = tmp_path / f".partial_{name}_x.txt"
+        left.touch()
+        os.utime(left, (time.time() - age,) * 2)
+    remove_stale(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [".partial_new_x.txt"]

@@ -143,12 +143,9 @@ def read_tensors(path: Path, mmap: bool = False) -> dict:
         if kind:
             raise ValueError(kind)
         check_archive(path)
-        with torch.serialization.safe_globals([Namespace]):  # flags beside the weights: a bag of names, without code
-            if mmap:
-                found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            else:  # by its content: of a path, torch would look at the suffix
-                with path.open("rb") as file:
-                    found = torch.load(file, map_location="cpu", weights_only=True)
+        # An open file: of a path, torch would look at the suffix. Namespace: flags beside the weights, without code.
+        with path.open("rb") as file, torch.serialization.safe_globals([Namespace]):
+            found = torch.load(path if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor) and not plain(leaf):
                 raise ValueError(f"a tensor of shape {tuple(leaf.shape)} has fewer numbers than that")
