@@ -133,6 +133,22 @@ def real(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def spy(tmp_path) -> Path:
+    """A stand-in for Python that writes its arguments down."""
+    path = tmp_path / "python"
+    path.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "--" "$@" >> "$(dirname "$0")/calls"\n')
+    path.chmod(0o755)
+    return path
+
+
+def calls_of(spy: Path) -> list[list[str]]:
+    """The arguments of each call of the stand-in."""
+    if not (spy.parent / "calls").exists():
+        return []
+    return [call.strip().split("\n") for call in (spy.parent / "calls").read_text().split("--\n")[1:]]
+
+
 def config_of(flags: list[str], *more: str) -> TrainConfig:
     return parse(TrainConfig, [*flags, *more])
 

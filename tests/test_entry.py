@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 
-from tests.conftest import ROOT, run, tool
+from tests.conftest import ROOT, calls_of, run, tool
 from utils.distributed import check_launch, ranks
 from utils.entry import check_output_directory, check_output_file, entry, make_output_safe, refuse_inside
 
@@ -64,14 +64,6 @@ SCRIPTS = sorted(p.name for p in (ROOT / "scripts").iterdir() if p.suffix in (".
 SOURCED = {"lib.sh", "train_common.sh", "eval_common.sh"}
 
 
-@pytest.fixture
-def spy(tmp_path):
-    path = tmp_path / "python"
-    path.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$*" >> "$(dirname "$0")/calls"\n')
-    path.chmod(0o755)
-    return path
-
-
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in SOURCED])
 def test_each_script_helps_once_whatever_it_launches_and_through_a_link(script, spy, tmp_path):
     link = tmp_path / "a link"
@@ -81,7 +73,7 @@ def test_each_script_helps_once_whatever_it_launches_and_through_a_link(script, 
         capture_output=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+    calls = [" ".join(call) for call in calls_of(spy)]
     helped = [call for call in calls if "--help" in call]
     assert len(helped) == (0 if script in ("setup.sh", "test.sh", "train_SAR.sbatch") else 1)
     assert not any("torch.distributed" in call or "--check" in call for call in calls)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from models.flexvar import FlexVAR, FlexVARConfig
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, calls_of, run
 from utils.checkpoint import newest_checkpoint
 from utils.config import TrainConfig
 from utils.config_sampling import EvalConfig
@@ -17,19 +17,6 @@ from utils.flags import parse
 from utils.weights import load_flexvar, load_tokenizer, save_weights
 
 TRAIN_SCRIPTS = sorted(p.name for p in (ROOT / "scripts").glob("train_*_d*.sh"))
-
-
-@pytest.fixture
-def spy(tmp_path):
-    """A stand-in for Python that writes its arguments down."""
-    path = tmp_path / "python"
-    path.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "--" "$@" >> "$(dirname "$0")/calls"\n')
-    path.chmod(0o755)
-    return path
-
-
-def calls_of(spy):
-    return [call.strip().split("\n") for call in (spy.parent / "calls").read_text().split("--\n")[1:]]
 
 
 @pytest.mark.parametrize("script", TRAIN_SCRIPTS)
