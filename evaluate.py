@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from models.pipeline import SARPipeline, open_pipeline
-from models.sampling import Draw, Guidance, sample_codes
-from models.vqvae import to_bytes
+from models.sampling import sample_codes
+from models.vqvae import exact_convolutions, to_bytes
 from utils.config_sampling import EvalConfig
 from utils.distributed import Ranks, ranks
-from utils.entry import check_output_directory, check_output_file, entry, refuse_inside
+from utils.entry import check_output_directory, check_output_file, entry, notice, refuse_inside
 from utils.evaluations.c2i.features import Extractor, make_extractor
 from utils.evaluations.c2i.images import Resized, describe_images, open_images, write_npz
 from utils.evaluations.c2i.reconstruction import evaluate_reconstructions
@@ -53,7 +53,7 @@ class Generated:
             raise ValueError(f"the model knows {pipeline.model.config.num_classes} classes, not {classes}")
         self.labels = label_order(classes * config.num_samples, classes, config.seed)
         self.pipeline, self.seed = pipeline, config.seed
-        self.draw = Draw(Guidance(config.guidance, cfg), top_k, top_p, fill_steps=config.fill_steps)
+        self.draw = pipeline.drawing(**{**config.options, "cfg": cfg, "top_k": top_k, "top_p": top_p})
         sides = pipeline.schedule.sides
         if config.eval_scale and config.eval_scale not in sides:
             raise ValueError(f"--eval_scale {config.eval_scale} is none of the scales {sides}")
@@ -69,7 +69,8 @@ class Generated:
         vae, model, schedule = self.pipeline.vae, self.pipeline.model, self.pipeline.schedule
         labels = self.labels[indices.start : indices.stop]
         with self.precision.autocast():
-            codes = sample_codes(model, vae.codebook, labels, schedule, self.draw, seeds)
+            codes = sample_codes(model, vae.codebook, labels, schedule, self.draw, seeds, until=self.side)
+        with exact_convolutions():  # outside of autocast: pictures are compared with real ones
             return to_bytes(vae.decode(codes[self.side], self.side))
 
 
@@ -115,10 +116,12 @@ def evaluate_samples(
         "top_k": top_k,
         "top_p": top_p,
         "scales": list(pipeline.schedule.sides),
+        "max_pn": source.draw.max_pn,
         **({"fill_steps": config.fill_steps} if pipeline.model.fills_first_side else {}),
         "evaluated_side": source.side,
         "seed": config.seed,
         "precision": source.precision.name,
+        "decoded_in": "fp32",
         "saved": [name for name in ("npz", "png") if getattr(config, f"save_{name}")],
     }
     store = FeatureStore(
@@ -167,7 +170,9 @@ def prepare(config: EvalConfig, me: Ranks) -> SARPipeline | None:
     elif not config.samples:
         pipeline = open_pipeline(config.ckpt, config.vae_ckpt, config.pn, config.use_ema).to(me.device)
         config.check_model(pipeline.model.fills_first_side)
-        Generated(pipeline, config, *config.settings()[0])
+        source = Generated(pipeline, config, *config.settings()[0])
+        if greedy := pipeline.greedy_sides(source.draw):
+            notice(greedy)
     check_output_directory(directory, "--out_dir")
     if config.make_reference:
         check_output_file(config.make_reference, "--make_reference")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from models.pipeline import SARPipeline, open_pipeline, split_classes
 from utils.config_sampling import SampleConfig
-from utils.entry import check_output_directory, check_output_file, entry
+from utils.entry import check_output_directory, check_output_file, entry, notice
 from utils.flags import parse
 from utils.image_files import read_image, read_mask
 from utils.optim import Precision
@@ -32,7 +32,6 @@ def draw(config: SampleConfig, pipeline: SARPipeline, labels: list[int]) -> tupl
     mask = read_mask(config.mask) if config.mask else None
     starts = range(0, len(labels), config.batch)
     bar = tqdm(total=len(starts) * len(pipeline.schedule), unit="scale", disable=None)
-    common = {name: getattr(config, name) for name in ("cfg", "guidance", "top_k", "top_p", "fill_steps")}
 
     def tick(side: int, codes: torch.Tensor) -> torch.Tensor:
         bar.update()
@@ -40,7 +39,7 @@ def draw(config: SampleConfig, pipeline: SARPipeline, labels: list[int]) -> tupl
 
     for start in starts:
         part = labels[start : start + config.batch]
-        options = {**common, "seed": config.seed + start}
+        options = {**config.options, "seed": config.seed + start}
         if config.outpaint:
             drawn = pipeline.outpaint(picture, config.outpaint, part, **options)
         elif config.image:
@@ -111,6 +110,8 @@ def main() -> None:
     pipeline = open_pipeline(config.ckpt, config.vae_ckpt, config.pn, config.use_ema).to(device)
     config.check_model(pipeline.model.fills_first_side)
     print(f"{config.ckpt}: {pipeline.describe()}", file=sys.stderr)
+    if greedy := pipeline.greedy_sides(pipeline.drawing(**config.options)):
+        notice(greedy)
     labels = pipeline.labels(split_classes(config.classes, pipeline.class_names), config.n).tolist()
     check_outputs(config, pipeline, len(labels))
     with Precision(config.precision, device).autocast():

@@ -126,14 +126,32 @@ class SARTrainer(Trainer):
         part = ScaleSchedule(schedule.sides[:scales])
         soft = sar.csf_target == "teacher_soft"
         rollout = Rollout(sar, task.pick(tokens), starts[first], starts[scales], soft)
-        weights = rollout_guidance(sar).weights(schedule.sides)[:scales]
-        if any(weights):
-            # Only the unconditional half is new, and it needs no gradient and no scale past the span.
-            null, inputs = torch.full_like(labels, self.model.null_class), inputs[:, : part.total - part.lengths[0]]
-            with torch.no_grad(), self.precision.autocast(cache=False):
-                features = self.model(null, inputs, part, read=lambda x, head: x, **task.arguments)
-            rollout.guide(task.cut(scales).pick(features), task.lengths[:scales], weights)
+        self.guide(rollout, labels, inputs[:, : part.total - part.lengths[0]], part, task.cut(scales), schedule)
         return rollout
+
+    @torch.no_grad()
+    def guide(
+        self,
+        rollout: Rollout,
+        labels: Tensor,
+        inputs: Tensor,
+        part: ScaleSchedule,
+        task: Task,
+        schedule: ScaleSchedule,
+        first: int = 0,
+    ) -> None:
+        """With --rollout cfg, give a rollout the unconditional class's features on the same inputs.
+
+        Only that half is new. It needs no gradient, and no scale past `part`, the scales of `schedule` up to the last
+        one that is drawn. `task` is what of them is asked, from scale number `first` on.
+        """
+        weights = rollout_guidance(self.config.sar).weights(schedule.sides)[first : len(part)]
+        if not any(weights):
+            return
+        null = torch.full_like(labels, self.model.null_class)
+        with self.precision.autocast(cache=False):
+            features = self.model(null, inputs, part, read=lambda x, head: x, first=first, **task.arguments)
+        rollout.guide(task.pick(features), task.lengths, weights)
 
     def student_loss(
         self, rollout: Rollout, truth: Tensor, labels: Tensor, schedule: ScaleSchedule, task: Task
@@ -152,16 +170,19 @@ class SARTrainer(Trainer):
             inputs = shift_up(fed[:, schedule.span(i - 1)], self.codebook, before, side)
             targets = self.targets(rollout, fed, truth, schedule.span(i))
             return self.token_loss(labels, inputs, ScaleSchedule((1, side)), targets, first=1, start=False)
-        one = schedule.lengths[0]  # the first scale feeds, but has no loss: nothing but the class predicts it
+        one, fed_end = schedule.lengths[0], schedule.offsets[-2]  # the last scale feeds nothing
+        # The first scale feeds, but has no loss: nothing but the class predicts it.
         targets = self.targets(rollout, fed, truth, slice(one, schedule.total))
-        results = []
+        part, results = ScaleSchedule(schedule.sides[:-1]), []
         for more in reversed(range(sar.ssr_steps)):
-            again = Rollout(sar, truth[:, one:], 0, schedule.total - one) if more else None
-            inputs = shift_all(fed, self.codebook, schedule)
-            look = again.look if again else None
+            inputs, look = shift_all(fed, self.codebook, schedule), None
+            if more and len(part) > 1:
+                again, task = Rollout(sar, truth[:, one:], 0, fed_end - one), Task(part.lengths[1:])
+                self.guide(again, labels, inputs[:, : fed_end - one], part, task, schedule, first=1)
+                look = again.look
             results.append(self.token_loss(labels, inputs, schedule, targets, first=1, look=look))
-            if again:
-                fed = torch.cat([fed[:, :one], again.tokens], dim=1)
+            if look:
+                fed = torch.cat([fed[:, :one], again.tokens[:, : fed_end - one], fed[:, fed_end:]], dim=1)
         return torch.stack([loss for loss, _ in results]).mean(), results[0][1]
 
     def targets(self, rollout: Rollout, fed: Tensor, truth: Tensor, span: slice) -> Tensor:

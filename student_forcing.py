@@ -47,7 +47,7 @@ class StudentForcing(Trainer):
         uniforms = torch.rand(truth.shape, device=truth.device)
         parts = list(schedule.split(truth))
         top_k = 1 if sar.rollout == "argmax" else sar.sf_top_k
-        draw = Draw(rollout_guidance(sar), top_k, sar.sf_top_p, max_pn=None)
+        draw = Draw(rollout_guidance(sar), top_k, sar.sf_top_p)
         with evaluating(self.model), self.precision.autocast(cache=False):
             scales = walk(
                 self.model, self.codebook, batch.labels, schedule, draw, uniforms,
@@ -80,10 +80,14 @@ class InterleavedStudentForcing(StudentForcing):
 
 
 class HybridStudentForcing(StudentForcing):
-    """Teacher forcing up to side k, self-generated inputs after it."""
+    """Table 3's hybrid@k: teacher forcing before side k, self-generated inputs from side k on.
+
+    With the default scales @8 leaves four self-fed scales (8, 10, 13, 16) and @16 one. A drawn schedule without a side
+    of at least k is teacher-forced.
+    """
 
     def self_fed(self, schedule: ScaleSchedule) -> list[bool]:
-        return [i > 0 and s > self.config.sar.sf_hybrid_from for i, s in enumerate(schedule.sides)]
+        return [i > 0 and s >= self.config.sar.sf_hybrid_from for i, s in enumerate(schedule.sides)]
 
 
 STUDENT_FORCING = {

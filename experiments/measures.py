@@ -5,20 +5,17 @@ Legend: L tokens of a schedule.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from benchmarks.common import forward_flops
 from models import FlexVARConfig, ScaleSchedule
 from utils.config import DataConfig
+from utils.evaluations.exposure_bias import Exposure, HeldOut
 from utils.files import read_json
 from utils.pictures import read_metrics
 from utils.tables import markdown
-from utils.visualize import HeldOut, exposure
 
 IMAGES = 500  # of each split
 
@@ -27,26 +24,30 @@ Cell = Callable[[list[float], int], str]  # the values of all seeds and the digi
 
 def measure(run: Path, data: DataConfig) -> dict[str, float | list[float]]:
     """Of a finished run, in evaluation mode, in nats per token; `…_side` a number a scale."""
-    where = {"vae_ckpt": "", "pn": "", "n": IMAGES, "dataset": data.dataset, "data_path": data.data_path}
-    seen = HeldOut.of(str(run), argparse.Namespace(**where), split="train")
-    held_out = HeldOut.of(str(run), argparse.Namespace(**where))
-    schedule = held_out.pipeline.schedule
-    forced, own = (nll.double() for nll in exposure(held_out, seed=0))  # (IMAGES, L)
-    entropy = torch.special.entr(held_out.logits(held_out.tokens).softmax(-1)).sum(-1)
+    seen, held_out = (HeldOut.of(str(run), data, IMAGES, split=split) for split in ("train", "val"))
+    schedule = held_out.schedule
+    exposure, entropy = Exposure.of(held_out, seed=0), held_out.entropy()
     config = read_json(run / "config.json")
     speeds = read_metrics(run, "train/images_per_second")[1]
     return {
-        "train": seen.nll(seen.tokens).mean().item(),
-        "held_out": forced.mean().item(),
-        "gap": (own - forced).mean().item(),
-        "gap_side": [part.mean().item() for part in schedule.split(own - forced)],
-        "entropy": entropy.mean().item(),
-        "entropy_side": [part.mean().item() for part in schedule.split(entropy)],
+        "train": seen.nll(seen.tokens).double().mean().item(),
+        "held_out": per_token(exposure.forced, schedule),
+        "gap": per_token(exposure.gaps("own"), schedule),
+        "gap_side": exposure.gaps("own"),
+        "step_gap": per_token(exposure.gaps("one_step"), schedule),
+        "step_gap_side": exposure.gaps("one_step"),
+        "entropy": per_token(entropy, schedule),
+        "entropy_side": entropy,
         "sides": list(schedule.sides),
         "seconds": config["optim"]["bs"] / statistics.median(speeds),
         "steps": read_metrics(run, "train/loss")[0][-1],
         "gflops": training_flops(config["sar"], held_out.pipeline.model.config, schedule) / 1e9,
     }
+
+
+def per_token(sides: list[float], schedule: ScaleSchedule) -> float:
+    """Means of each side → the mean over all tokens."""
+    return sum(n * value for n, value in zip(schedule.lengths, sides, strict=True)) / schedule.total
 
 
 def training_flops(sar: dict, model: FlexVARConfig, schedule: ScaleSchedule) -> float:

@@ -65,7 +65,7 @@ MAIN = {
     "SAR sampled": Variant((SAR, *DRAWN)),
     "SAR guided": Variant(GUIDED),
     "SF full": Variant(("--training_mode=sf_full", *DRAWN)),
-    "SF hybrid, from side 4": Variant(("--training_mode=sf_hybrid", "--sf_hybrid_from=4", *DRAWN)),
+    "SF hybrid@6": Variant(("--training_mode=sf_hybrid", "--sf_hybrid_from=6", *DRAWN)),
     "TF continued, twice the steps": Variant(FORCED, steps=2),  # about the time of an SAR run
 }
 # One factor at a time around "SAR guided", stated before any result was known; and the other naive schedules.
@@ -93,7 +93,7 @@ CLAIMS = {
     "naive student forcing, full, is worse than teacher forcing (Table 3)": ("TF continued", "SF full"),
     "naive student forcing, hybrid, is worse than teacher forcing (Table 3)": (
         "TF continued",
-        "SF hybrid, from side 4",
+        "SF hybrid@6",
     ),
     "naive student forcing, alternate, is worse than teacher forcing (Table 3)": ("TF continued", "SF alternate"),
     "naive student forcing, interleaved, is worse than teacher forcing (Table 3)": ("TF continued", "SF interleave"),

@@ -210,7 +210,9 @@ class Study:
         """study.json, of every run that is finished, whatever was asked for in this call."""
         base = self.out / "base"
         # Of this call: with what a run was trained, its own starts.jsonl says.
-        settings = {"last call": " ".join(sys.argv[1:]), **machine(), "commit": git_state(), **asdict(self.size)}
+        data = {"dataset": self.data.dataset, "data_path": self.data.data_path}
+        call = {"last call": " ".join(sys.argv[1:]), **data, **machine(), "commit": git_state()}
+        settings = {**call, **asdict(self.size)}
         bounds = {kind: self.bound(kind) for kind in BOUNDS}
         found: dict[str, dict] = {"settings": settings, "bounds": bounds, "rows": {}}
         found["rows"]["before"] = [{"seed": 0, **self.row(base, self.best_guidance(base))}]

@@ -27,7 +27,8 @@ VARIANTS = {
     "SF full": ["--training_mode=sf_full", "--rollout=sample", *DRAWN],
     "SF alternate": ["--training_mode=sf_alternate", "--rollout=sample", *DRAWN],
     "SF interleave": ["--training_mode=sf_interleave", "--rollout=sample", *DRAWN],
-    "SF hybrid, from side 3": ["--training_mode=sf_hybrid", "--sf_hybrid_from=3", "--rollout=sample", *DRAWN],
+    "SF hybrid@3": ["--training_mode=sf_hybrid", "--sf_hybrid_from=3", "--rollout=sample", *DRAWN],
+    "SF hybrid@8": ["--training_mode=sf_hybrid", "--sf_hybrid_from=8", "--rollout=sample", *DRAWN],
     "SAR argmax": [SAR, "--rollout=argmax"],
     "SAR sampled": [SAR, "--rollout=sample", *DRAWN],
     "SAR guided": [SAR, "--rollout=cfg", *DRAWN],
@@ -39,7 +40,8 @@ COLUMNS = {
     "class_accuracy": ("class accuracy", 3),
     "frechet_distance": ("Fréchet distance", 2),
     "held_out": ("held-out NLL", 4),
-    "gap": ("exposure gap, nats", 3),
+    "step_gap": ("gap of one step, nats", 3),
+    "gap": ("gap of own inputs, nats", 3),
     "seconds": ("s/step", 2),
 }
 

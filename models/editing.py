@@ -12,20 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.flexvar import FlexVAR
-from models.sampling import Draw, Edit, draw_images, evaluating
+from models.sampling import Draw, Edit, draw_images
 from models.scales import ScaleSchedule
 from models.vqvae import VQVAE
 
 
-def hold_known(vae: VQVAE, images: Tensor, masks: Tensor, schedule: ScaleSchedule) -> Edit:
+def hold_known(vae: VQVAE, images: Tensor, masks: Tensor, schedule: ScaleSchedule, supervision: str = "latent") -> Edit:
     """Hold the codes of images (B, 3, H, W) wherever masks (B, 1, H, W; 1 repaints, 0 keeps) let them.
 
     A cell is repainted when more of it than a bound is masked. The bound falls from a half at the coarsest scale,
     whose few cells would else all be lost to a small mask, to nothing at the finest.
     """
-    with torch.no_grad(), evaluating(vae), torch.autocast(images.device.type, enabled=False):
-        latent = vae.encode(images)
-        known = {s: vae.codes(latent, s) for s in schedule.sides}
+    known = vae.tokenize(images, schedule.sides, supervision)
     finest = schedule.sides[-1]
     repaint = {
         s: F.interpolate(masks.float(), size=(s, s), mode="area").flatten(1) > 0.5 * (1 - s / finest)
@@ -43,6 +41,7 @@ def inpaint(
     schedule: ScaleSchedule,
     draw: Draw,
     seeds: Sequence[int],
+    supervision: str = "latent",
 ) -> Tensor:
     """Repaint the masked region of images as the classes `labels`; every other pixel stays as it is.
 
@@ -51,6 +50,7 @@ def inpaint(
         masks: (B, 1, H, W): 1 repaints a pixel, 0 keeps it.
         labels: (B,) class ids. With another class than the image's own this is class-conditional editing; with a
             mask around a smaller picture it is out-painting (`place_on_canvas`).
+        supervision: how the model's training made codes of images: see `VQVAE.tokenize`.
 
     Returns: (B, 3, H, W) in [-1, 1].
     """
@@ -61,7 +61,7 @@ def inpaint(
         raise ValueError(f"the mask must be {(len(images), 1, side, side)}, as the image, got {tuple(masks.shape)}")
     device = model.pos_start.device
     images, masks = images.to(device), masks.to(device)
-    edit = hold_known(vae, images, masks, schedule)
+    edit = hold_known(vae, images, masks, schedule, supervision)
     painted = draw_images(model, vae, labels, schedule, draw, seeds, edit)
     return torch.where(masks > 0.5, painted.clamp(-1, 1), images)
 

@@ -28,6 +28,8 @@ from utils.entry import check_output_directory, entry
 from utils.flags import Parser
 from utils.image_files import upright_rgb
 
+RELEASED_MAX_PN = 16  # see `Draw`: sides that released models are sampled at
+
 Classes = str | int | Sequence[str | int]
 
 
@@ -96,9 +98,18 @@ class SARPipeline(
     """
 
     def __init__(
-        self, tokenizer: dict, transformer: dict, sides: Sequence[int], class_names: Sequence[str] | None = None
+        self,
+        tokenizer: dict,
+        transformer: dict,
+        sides: Sequence[int],
+        class_names: Sequence[str] | None = None,
+        supervision: str = "latent",
+        max_pn: int | None = RELEASED_MAX_PN,
     ):
+        """`supervision`: how training made codes of images, see `VQVAE.tokenize`. `max_pn`: see `Draw`; None for
+        models that are none of the released ones."""
         super().__init__()
+        self.supervision, self.max_pn = supervision, max_pn
         self.vae = VQVAE(VQVAEConfig(**{**tokenizer, "width_mult": tuple(tokenizer["width_mult"])}))
         self.model = transformer_config(transformer).build()
         self.schedule = self.model.trim(ScaleSchedule(tuple(sides)))
@@ -109,11 +120,18 @@ class SARPipeline(
 
     @classmethod
     def of(
-        cls, vae: VQVAE, model: FlexVAR, schedule: ScaleSchedule, class_names: Sequence[str] | None = None
+        cls,
+        vae: VQVAE,
+        model: FlexVAR,
+        schedule: ScaleSchedule,
+        class_names: Sequence[str] | None = None,
+        supervision: str = "latent",
+        max_pn: int | None = None,
     ) -> SARPipeline:
         """Around models that are there."""
+        sizes = asdict(vae.config), asdict(model.config), list(schedule.sides)
         with torch.device("meta"):
-            pipeline = cls(asdict(vae.config), asdict(model.config), list(schedule.sides), class_names)
+            pipeline = cls(*sizes, class_names, supervision, max_pn)
         pipeline.vae, pipeline.model = vae, model
         return pipeline.eval()
 
@@ -129,7 +147,8 @@ class SARPipeline(
 
         Scales and class names are those of the run that `ckpt` belongs to, or the scales of the tokenizer's run, unless
         they are given; for a file that belongs to none, the default ten and ImageNet's. An empty `vae_ckpt` is the
-        tokenizer of that run, or the released one.
+        tokenizer of that run, or the released one. A file that belongs to no run is sampled as released models are:
+        see `Draw.max_pn`.
 
         Raises ValueError when the two do not fit: other sizes, or other weights than the run was trained on. The latter
         is a warning when `vae_ckpt` was named.
@@ -152,7 +171,10 @@ class SARPipeline(
             warnings.warn(f"{other}: its codes mean something else", stacklevel=2)
         tokenizer_run = find_run(vae_ckpt)
         schedule = schedule or (run and run.schedule) or (tokenizer_run and tokenizer_run.schedule) or DEFAULT_SCHEDULE
-        return cls.of(vae, model, schedule, class_names or (run and run.class_names) or None)
+        class_names = class_names or (run and run.class_names) or None
+        if run is None:
+            return cls.of(vae, model, schedule, class_names, max_pn=RELEASED_MAX_PN)
+        return cls.of(vae, model, schedule, class_names, run.supervision)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> SARPipeline:
@@ -188,6 +210,24 @@ class SARPipeline(
         """Pixels of an image's side."""
         return self.schedule.sides[-1] * self.vae.config.factor
 
+    def drawing(
+        self,
+        cfg: float = 2.5,
+        guidance: str = "ramp",
+        top_k: int = 900,
+        top_p: float = 0.95,
+        fill_steps: int = 8,
+        max_pn: int = 0,
+    ) -> Draw:
+        """How this model is sampled. max_pn 0 is its own: 16 for released weights, no bound for others."""
+        return Draw(Guidance(guidance, cfg), top_k, top_p, max_pn or self.max_pn, fill_steps)
+
+    def greedy_sides(self, draw: Draw) -> str:
+        """A line on the sides that the released models' rule takes greedily; empty when there are none."""
+        sides = [str(s) for s in self.schedule.sides if draw.greedy(s)]
+        rule = f"released models are sampled at sides up to {draw.max_pn} that they were tuned for"
+        return f"sides {', '.join(sides)} are taken greedily: {rule} (--max_pn)" if sides else ""
+
     def labels(self, classes: Classes, n: int) -> Tensor:
         """Class names or ids (one, or a list) → class ids (classes · n,), n of each in turn."""
         named = [classes] if isinstance(classes, str | int) else list(classes)
@@ -207,12 +247,13 @@ class SARPipeline(
     ) -> dict[int, Tensor]:
         """Codes {side: (B, s²)} of n images of each class. Image i is drawn from seed + i.
 
-        options: cfg 2.5, guidance "ramp", top_k 900, top_p 0.95, and for a hybrid model fill_steps 8.
+        options: cfg 2.5, guidance "ramp", top_k 900, top_p 0.95, for a hybrid model fill_steps 8, and max_pn: see
+        `drawing`.
         """
         labels = self.labels(classes, n)
         seeds = range(seed, seed + len(labels))
         schedule = schedule or self.schedule
-        return sample_codes(self.model, self.vae.codebook, labels, schedule, drawing(**options), seeds, edit)
+        return sample_codes(self.model, self.vae.codebook, labels, schedule, self.drawing(**options), seeds, edit)
 
     @torch.no_grad()
     def __call__(self, classes: Classes, **options) -> list[Image.Image]:
@@ -238,20 +279,16 @@ class SARPipeline(
         labels = self.labels(classes, n)
         pixels = from_pil(image, self.side).expand(len(labels), -1, -1, -1)
         masks = (from_pil(mask, self.side) > 0).float().expand(len(labels), -1, -1, -1)
-        seeds, draw = range(seed, seed + len(labels)), drawing(**options)
-        return to_pil(inpaint(self.model, self.vae, pixels, masks, labels, self.schedule, draw, seeds))
+        seeds, draw = range(seed, seed + len(labels)), self.drawing(**options)
+        painted = inpaint(
+            self.model, self.vae, pixels, masks, labels, self.schedule, draw, seeds, supervision=self.supervision
+        )
+        return to_pil(painted)
 
     def outpaint(self, image: Image.Image, share: float, classes: Classes, **options) -> list[Image.Image]:
         """Shrink a picture to `share` of the side and paint around it; the options are those of `inpaint`."""
         canvas, mask = place_on_canvas(from_pil(upright_rgb(image), self.side), share)
         return self.inpaint(to_pil(canvas)[0], to_pil_image(mask[0]), classes, **options)
-
-
-def drawing(
-    cfg: float = 2.5, guidance: str = "ramp", top_k: int = 900, top_p: float = 0.95, fill_steps: int = 8
-) -> Draw:
-    """The defaults of a pipeline."""
-    return Draw(Guidance(guidance, cfg), top_k, top_p, fill_steps=fill_steps)
 
 
 def from_pil(image: Image.Image, side: int) -> Tensor:

@@ -64,14 +64,21 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Draw:
-    """How tokens are drawn. Sides above `max_pn`, or that released models were not tuned to sample at, are taken
-    greedily, and those above `max_pn` at the full guidance scale; with None every side is drawn alike."""
+    """How tokens are drawn.
+
+    `max_pn` is the released models' rule: sides above it, and those that they were not tuned to sample at, are taken
+    greedily, and those above it at the full guidance scale. With None every side is drawn alike.
+    """
 
     guidance: Guidance = Guidance()
     top_k: int = 0
     top_p: float = 0.0
-    max_pn: int | None = 16
+    max_pn: int | None = None
     fill_steps: int = 8  # of a model that fills its first side step by step
+
+    def greedy(self, s: int) -> bool:
+        """True where the released models' rule takes side s greedily."""
+        return self.max_pn is not None and (s > self.max_pn or s not in SAMPLED_SIDES)
 
 
 def guide(cond: Tensor, uncond: Tensor, weight: float | Tensor) -> Tensor:
@@ -166,8 +173,8 @@ def walk(
             codes = model.fill_first_side(state, codebook_VD, draw, uniforms[:, schedule.span(0)], order)
         else:
             logits = one_scale(model, state, inputs, s, weights[i], len(uniforms))
-            greedy = draw.max_pn is not None and (s not in SAMPLED_SIDES or s > draw.max_pn)
-            codes = sample_tokens(logits, 1 if greedy else draw.top_k, draw.top_p, uniforms[:, schedule.span(i)])
+            top_k = 1 if draw.greedy(s) else draw.top_k
+            codes = sample_tokens(logits, top_k, draw.top_p, uniforms[:, schedule.span(i)])
         if edit is not None:
             codes = edit(s, codes)
         yield s, codes
@@ -193,15 +200,20 @@ def sample_codes(
     draw: Draw,
     seeds: Sequence[int],
     edit: Edit | None = None,
+    until: int = 0,
 ) -> dict[int, Tensor]:
-    """`generate` without the decoder: {side: codes (B, s²)}."""
+    """`generate` without the decoder: {side: codes (B, s²)}. It stops after side `until`, if that is named."""
     check_labels(labels, model.config.num_classes)
     if len(seeds) != len(labels):
         raise ValueError(f"each image needs a seed of its own: {len(labels)} labels, {len(seeds)} seeds")
     device, schedule = model.pos_start.device, model.trim(schedule)
     uniforms = image_uniforms(seeds, model.uniforms_needed(schedule), device)
+    codes: dict[int, Tensor] = {}
     with evaluating(model):
-        return dict(walk(model, codebook_VD, labels.to(device), schedule, draw, uniforms, edit))
+        for s, codes[s] in walk(model, codebook_VD, labels.to(device), schedule, draw, uniforms, edit):
+            if s == until:
+                break
+    return codes
 
 
 def generate(
@@ -213,7 +225,7 @@ def generate(
     top_k: int,
     top_p: float,
     seeds: Sequence[int],
-    max_pn: int | None = 16,
+    max_pn: int | None = None,
     edit: Edit | None = None,
 ) -> Tensor:
     """Images of the classes `labels`.

@@ -5,6 +5,8 @@ Legend: B batch, C channels, H × W pixels, h × w latent sides, D codebook widt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -227,6 +229,21 @@ class VQVAE(nn.Module):
         """Latent (B, D, h, w) → codes of side s (B, s²) int64."""
         return self.quantize.nearest(self.resize(latent, s))
 
+    @torch.no_grad()
+    def tokenize(self, images: Tensor, sides: Sequence[int], supervision: str = "latent") -> dict[int, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] → their codes at these sides, {s: (B, s²)}.
+
+        A scale's codes come from the image's latent, resized by area to the scale ("latent"), or from the latent of the
+        image resized to the scale's resolution ("image"). In full fp32, whatever precision the caller works in.
+        """
+        with torch.autocast(images.device.type, enabled=False), exact_convolutions():
+            images, factor = images.float(), self.config.factor
+            if supervision == "latent":
+                latent = self.encode(images)
+                return {s: self.codes(latent, s) for s in sides}
+            small = {s: F.interpolate(images, (factor * s, factor * s), mode="area") for s in sides}
+            return {s: self.codes(self.encode(image), s) for s, image in small.items()}
+
     def decode(self, codes: Tensor, s: int) -> Tensor:
         """Codes of side s (B, s²) → images (B, 3, factor·s, factor·s), raw: not clamped to [-1, 1]."""
         return self.decode_vectors(F.embedding(codes, self.codebook), s)
@@ -240,6 +257,11 @@ class VQVAE(nn.Module):
     def at_once(self, x: Tensor, pixels: int) -> int:
         """How many images of x (B, …) to put through the network at a time: on a CPU, what its cache holds."""
         return len(x) if x.device.type != "cpu" else max(1, CACHED // (pixels * self.config.base_width))
+
+
+def exact_convolutions() -> AbstractContextManager:
+    """Convolutions in full fp32 on a GPU, whose default is TF32: for codes and features that must not depend on it."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -1,4 +1,3 @@
-import argparse
 import random
 import re
 from itertools import pairwise
@@ -17,8 +16,9 @@ from models.scales import shift_all
 from tests.conftest import ALONE, config_of, fill, tool, torchrun
 from tests.test_trainer import assert_same, lines_of, weights_of
 from train import build
+from utils.config import DataConfig
+from utils.evaluations.exposure_bias import Exposure, HeldOut
 from utils.files import read_json
-from utils.visualize import HeldOut
 from utils.weights import load_flexvar, load_strictly, read_state_dict, save_weights
 
 SCHEDULE = ScaleSchedule((2, 3, 4))
@@ -239,9 +239,10 @@ def test_a_run_resumes_and_is_evaluated_at_its_first_side(flags, real, tmp_path)
     build(config_of(more), ALONE).fit()
     build(config_of(more, f"--out_dir={tmp_path / 'whole'}"), ALONE).fit()
     assert_same(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"))
-    wanted = argparse.Namespace(vae_ckpt="", pn="", dataset="digits", data_path="", n=3)
-    data = HeldOut.of(str(tmp_path / "run"), wanted)
-    assert data.rolled_out(seed=0).shape == data.tokens.shape == (3, 4 + 16)
+    data = HeldOut.of(str(tmp_path / "run"), DataConfig(dataset="digits"), n=3)
+    assert data.drawn(seed=0).shape == data.tokens.shape == (3, 4 + 16)
+    exposure = Exposure.of(data, seed=0)
+    assert len(exposure.forced) == len(exposure.one_step) == len(exposure.own) == 2
     lines = [line for line in lines_of(tmp_path / "run") if "train/loss" in line]
     assert lines[-1]["step"] == 3
     assert {"train/loss_tf", "train/loss_csf", "train/loss_side/2", "train/student_loss_side/4"} <= set(lines[-1])

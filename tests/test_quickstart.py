@@ -45,5 +45,5 @@ def test_the_quickstart_itself(tmp_path):
     study = ["-m", "experiments.study_digits", f"--quickstart={tmp_path / 'q'}", f"--out={tmp_path / 's'}"]
     run(sys.executable, *study, "--steps=1", "--seeds", "0", "--only=hybrid")
     table = (tmp_path / "s/table.md").read_text().splitlines()
-    assert [line.split(" | ")[0] for line in table[2:]] == ["| before", "| SF hybrid, from side 3"]
-    assert table[3].count("|") == table[0].count("|") == 7
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| before", "| SF hybrid@3", "| SF hybrid@8"]
+    assert table[3].count("|") == table[0].count("|") == 8

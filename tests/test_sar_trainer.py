@@ -293,6 +293,28 @@ def test_deeper_rollouts_feed_on_the_students_own_tokens(reference, model, expec
     assert worst(found.detach().view(1), wanted.detach()) < 1e-5
 
 
+def test_deeper_rollouts_are_guided_like_the_first(reference, model, expected, schedule):
+    flags = ["--rollout=cfg", "--ssr_steps=3", "--sf_top_k=20", "--sf_top_p=0.9", "--sf_cfg_scale=2"]
+    trainer, labels, truth = reference(*flags), expected["labels"], expected["vae.codes"]
+    rollout = expected["student.rollout_argmax"]
+    given = rollout_of(trainer, rollout)
+    torch.manual_seed(3)
+    found, _ = trainer.student_loss(given, truth, labels, schedule, Task(schedule.lengths))
+    torch.manual_seed(3)
+    weights = [2.0 * 0.5 * (1 + i / 3) for i in range(4)]
+    fed, losses = rollout, []
+    with torch.no_grad():
+        for _ in range(3):
+            inputs = shift_all(fed, trainer.codebook, schedule)
+            cond, uncond = (model(who, inputs, schedule) for who in (labels, torch.full_like(labels, 10)))
+            losses.append(F.cross_entropy(cond[:, 1:].flatten(0, 1), rollout[:, 1:].flatten()))
+            pairs = zip(weights, schedule.split(cond), schedule.split(uncond), strict=True)
+            guided = torch.cat([(1 + w) * c - w * u for w, c, u in pairs], dim=1)
+            drawn = sample_tokens(guided[:, 1:14], 20, 0.9, torch.rand(2, 29)[:, :13])  # side 4 feeds nothing
+            fed = torch.cat([rollout[:, :1], drawn, rollout[:, 14:]], dim=1)
+    assert found.item() == pytest.approx(sum(losses).item() / 3, rel=1e-5)
+
+
 def test_gamma_grows_to_its_weight(reference):
     trainer = reference("--csf_weight=0.5", "--csf_ramp=0.5")
     trainer.total_steps = 20

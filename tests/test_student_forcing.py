@@ -31,15 +31,43 @@ def batch(expected, schedule):
     return CodeBatch(expected["labels"], codes)
 
 
-def test_which_scales_are_self_fed(reference, schedule):
-    assert reference("sf_full").self_fed(schedule) == [False, True, True, True]
-    assert reference("sf_interleave").self_fed(schedule) == [False, True, False, True]
-    assert reference("sf_hybrid", "--sf_hybrid_from=2").self_fed(schedule) == [False, False, True, True]
+TEN = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+# Table 3's schedules → the sides whose input is self-generated, by the paper's words: of ten scales, hybrid@8 leaves
+# four and hybrid@16 one; scales of even number are the interleaved schedule's.
+SELF_FED = [
+    ("sf_full", (), TEN, {2, 3, 4, 5, 6, 8, 10, 13, 16}),
+    ("sf_interleave", (), TEN, {2, 4, 6, 10, 16}),
+    ("sf_hybrid", (8,), TEN, {8, 10, 13, 16}),
+    ("sf_hybrid", (16,), TEN, {16}),
+    ("sf_hybrid", (9,), TEN, {10, 13, 16}),  # a side that is none of the scales
+    ("sf_hybrid", (1,), TEN, {2, 3, 4, 5, 6, 8, 10, 13, 16}),  # the first scale has no input to generate
+    ("sf_hybrid", (16,), (1, 2, 5, 9, 14), set()),  # a drawn schedule without such a side
+]
+
+
+@pytest.mark.parametrize(("mode", "k", "sides", "wanted"), SELF_FED)
+def test_which_sides_are_self_fed(mode, k, sides, wanted, reference):
+    trainer = reference(mode, "--pn=1_2_3_4_16", *(f"--sf_hybrid_from={side}" for side in k))
+    fed = trainer.self_fed(ScaleSchedule(sides))
+    assert {s for s, yes in zip(sides, fed, strict=True) if yes} == wanted
+
+
+def test_alternate_turns_with_the_steps(reference, schedule):
     alternate = reference("sf_alternate")
     steps = []
     for alternate.step in range(4):
         steps.append(any(alternate.self_fed(schedule)))
     assert steps == [False, True, False, True]
+
+
+def test_the_last_hybrid_schedule_feeds_its_last_scale_from_a_draw(reference, model, vae, batch, schedule):
+    """hybrid@k with k the finest side: ground truth all the way, then the model's draw at the side before."""
+    trainer = reference("sf_hybrid", "--sf_hybrid_from=4", "--rollout=argmax")
+    fed, truth = trainer.roll_out(batch, schedule), batch.tokens(schedule)
+    forced = model(batch.labels, shift_all(truth, vae.codebook, schedule), schedule).argmax(-1)
+    assert torch.equal(fed[:, :5], truth[:, :5])
+    assert torch.equal(fed[:, 5:14], forced[:, 5:14])
+    assert not torch.equal(fed[:, 5:14], truth[:, 5:14])
 
 
 @pytest.mark.parametrize("rollout", ["sample", "argmax", "cfg"])
@@ -84,9 +112,8 @@ def test_mixed_inputs_hold_ground_truth_where_they_should(reference, batch, sche
     assert any(not torch.equal(fed[:, schedule.span(i)], truth[:, schedule.span(i)]) for i in drawn)
 
 
-@pytest.mark.parametrize("mode", [("sf_hybrid", "--sf_hybrid_from=4"), ("sf_alternate",)])
-def test_without_self_fed_scales_the_loss_is_teacher_forcing_exactly(mode, reference, expected, batch, schedule):
-    trainer = reference(*mode)  # sf_alternate: step 0 is teacher-forced
+def test_without_self_fed_scales_the_loss_is_teacher_forcing_exactly(reference, expected, batch, schedule):
+    trainer = reference("sf_alternate")  # step 0 is teacher-forced
     loss, _ = trainer.compute_loss(batch, schedule)
     assert torch.equal(loss, Trainer.compute_loss(trainer, batch, schedule)[0])
     assert worst(loss.detach().view(1), expected["teacher.loss"]) < 1e-5

@@ -125,8 +125,8 @@ class SARConfig(Flags):
 
     training_mode: Literal["teacher_forcing", "csfl", "sf_full", "sf_alternate", "sf_interleave", "sf_hybrid"] = "csfl"
     """csfl: the SAR objective, L_TF + γ·L_CSF; sf_…: naive student forcing (Table 3), all inputs self-generated, every
-    other step's, every other scale's, or those of sides above SF_HYBRID_FROM"""
-    sf_hybrid_from: int = 8  # sf_hybrid: teacher forcing up to this side
+    other step's, every other scale's, or those of the sides from SF_HYBRID_FROM on"""
+    sf_hybrid_from: int = 8  # sf_hybrid: the first side whose input is self-generated (k of Table 3's hybrid@k)
     csf_weight: float = alias(0.01, "--sigma")  # γ, the weight of the contrastive student-forcing loss
     csf_ramp: float = 0.0  # γ grows from 0 over this fraction of the run
     ssr: Literal["all", "last", "random"] = "all"
@@ -278,6 +278,7 @@ class TrainConfig(Flags):
                 "--rollout cfg guides by the unconditional class, which --label_drop 0 never trains: "
                 "use --rollout sample or argmax"
             )
+        self.check_self_fed()
         cached = bool(self.speed.code_cache)
         only_with(self.data, not cached, "images: --code_cache is in place of them", DATA_OF_IMAGES)
         only_with(self.run, self.watch.vis_num_samples > 0, "--vis_num_samples above 0", ["vis_cfg_scale"])
@@ -290,6 +291,16 @@ class TrainConfig(Flags):
             raise ValueError("--model hybrid goes with --parallel ddp only")
         if self.speed.parallel == "fsdp" and self.optim.precision == "fp16":
             raise ValueError("--parallel fsdp does not go with --precision fp16: use bf16 or fp32")
+
+    def check_self_fed(self) -> None:
+        """Raises ValueError when what is called student forcing would be teacher forcing."""
+        sar, sides = self.sar, self.model.scales.sides
+        if sar.training_mode != "teacher_forcing" and len(sides) < 2:
+            raise ValueError(f"--training_mode {sar.training_mode} feeds one scale to the next: --pn has one only")
+        if sar.training_mode == "sf_hybrid" and sar.sf_hybrid_from > sides[-1]:
+            raise ValueError(
+                f"--sf_hybrid_from {sar.sf_hybrid_from} leaves no scale self-fed: the finest side is {sides[-1]}"
+            )
 
 
 # What a run cannot change on the way: the model, and which images come at which step.

@@ -7,11 +7,11 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import simple_parsing
 
-from utils.flags import Flags, at_least, at_most, check_number, only_with, without
+from utils.flags import Flags, alias, at_least, at_most, check_number, only_with, without
 
 SWEPT = {"sweep_cfg": 0, "sweep_top_k": 0, "sweep_top_p": 0}  # least values
 
@@ -38,6 +38,9 @@ class DrawConfig(Flags):
     guidance: Literal["ramp", "constant", "none"] = "ramp"  # how guidance grows over the scales
     top_k: int = 900  # top-k; 0: off, 1: greedy
     top_p: float = 0.95  # top-p; 0: off
+    max_pn: int = alias(0, "--maxpn")
+    """sides above it, and those that released models were not tuned for, are taken greedily; 0: 16 for released weights
+    (files that belong to no run), no such rule for others"""
     fill_steps: int = 8  # hybrid models: steps in which the first side is filled
     pn: str = ""  # scales, like 1_2_3_4; empty: those that CKPT brings along, or the default ten
     seed: int = 0  # of every image (and, in evaluation, of the class order)
@@ -49,10 +52,15 @@ class DrawConfig(Flags):
 
     def check_drawing(self) -> None:
         """Raises ValueError for a value out of range, or one that nothing reads."""
-        at_least(self, cfg=0, top_k=0, top_p=0, fill_steps=1, seed=0)
+        at_least(self, cfg=0, top_k=0, top_p=0, max_pn=0, fill_steps=1, seed=0)
         at_most(self, top_p=1, fill_steps=10_000)
         only_with(self, self.guidance != "none", "guidance: leave --guidance none out", ["cfg"])
-        only_with(self, self.top_k != 1, "another --top_k than 1, the greedy one", ["top_p"])
+        only_with(self, self.top_k != 1, "another --top_k than 1, the greedy one", ["top_p", "max_pn"])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How to draw, as a pipeline takes it."""
+        return {name: getattr(self, name) for name in ("cfg", "guidance", "top_k", "top_p", "max_pn", "fill_steps")}
 
     def check_model(self, fills_first_side: bool) -> None:
         """Raises ValueError for flags that this model does not read."""
@@ -115,7 +123,7 @@ class EvalConfig(DrawConfig):
     features: Literal["inception", "efficientnet_lite0"] = "inception"  # only Inception's distance is an FID
     inception_weights: str = ""  # weights-inception-2015-12-05-6726825d.pth; empty: fetched
     split_size: int = 5000  # samples of one split of the Inception Score
-    pr_fp16: bool = False  # precision and recall from fp16 distances, as the original evaluator computes them
+    pr_fp16: bool = True  # precision and recall from fp16 distances, as the original evaluator computes them
     save_npz: bool = False  # the samples as an npz for the guided-diffusion evaluator
     save_png: bool = False  # the samples as PNG files
     out_dir: str = "out/eval"  # reports, features, samples; a killed evaluation goes on from here
@@ -128,7 +136,17 @@ class EvalConfig(DrawConfig):
             raise ValueError("--samples and --reconstruct exclude each other")
         only_with(self, bool(self.samples), "--samples", ["expect", "make_reference"])
         only_with(self, self.features == "inception", "--features inception", ["inception_weights"])
-        sampling = ["num_samples", "num_classes_eval", "cfg", "top_k", "top_p", "use_ema", "sweep_cfg", "fill_steps"]
+        sampling = [
+            "num_samples",
+            "num_classes_eval",
+            "cfg",
+            "top_k",
+            "top_p",
+            "use_ema",
+            "sweep_cfg",
+            "max_pn",
+            "fill_steps",
+        ]
         sampling += ["sweep_top_k", "sweep_top_p", "eval_scale", "save_npz", "save_png"]
         sampling += ["ckpt", "guidance", "precision"]
         only_with(self, not modes, f"sampling: leave --{modes[0] if modes else 'samples'} out", sampling)

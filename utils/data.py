@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -32,7 +31,6 @@ from utils.entry import entry, notice
 from utils.flags import Parser
 from utils.image_files import BadImage, ClassFolders, class_names_in, name_left_out, problem, walk_images
 from utils.images import SkipBad, View, adm_crop, centre_crop, shift_and_rotate
-from utils.optim import exact_convolutions
 from utils.process import become_worker
 
 Key = tuple[int, int]  # epoch, index
@@ -50,22 +48,11 @@ class CodeBatch:
         return torch.cat([self.codes[s] for s in schedule.sides], dim=1)
 
 
-@torch.no_grad()
 def encode_batch(
     vae: VQVAE, images: Tensor, labels: Tensor, schedule: ScaleSchedule, supervision: str = "latent"
 ) -> CodeBatch:
-    """Images (B, 3, H, W) → their codes at the sides of a schedule.
-
-    A scale's codes come from the image's latent, resized by area to the scale ("latent"), or from the latent of the
-    image resized to the scale's resolution ("image").
-    """
-    with exact_convolutions():
-        if supervision == "latent":
-            latent = vae.encode(images)
-            return CodeBatch(labels, {s: vae.codes(latent, s) for s in schedule.sides})
-        factor = vae.config.factor
-        small = {s: F.interpolate(images, (factor * s, factor * s), mode="area") for s in schedule.sides}
-        return CodeBatch(labels, {s: vae.codes(vae.encode(image), s) for s, image in small.items()})
+    """Images (B, 3, H, W) → their codes at the sides of a schedule: see `VQVAE.tokenize`."""
+    return CodeBatch(labels, vae.tokenize(images, schedule.sides, supervision))
 
 
 # ------------------------------------------------------------------------------------------------- data sets
@@ -201,12 +188,19 @@ def evenly(n: int, total: int) -> list[int]:
     return [i * total // n for i in range(n)]
 
 
-def plain_images(views: Views, n: int) -> tuple[Tensor, Tensor]:
-    """At most n images (N, 3, size, size), not augmented and evenly over the split, and their labels (N,)."""
+def plain_batches(views: Views, n: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """At most n images, not augmented and evenly over the split, `size` at a time: (B, 3, H, W) and labels (B,)."""
     plain = copy(views)
     plain.training = False
-    pairs = [plain[0, i] for i in evenly(min(n, len(plain)), len(plain))]
-    return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+    places = evenly(min(n, len(plain)), len(plain))
+    for start in range(0, len(places), size):
+        pairs = [plain[0, i] for i in places[start : start + size]]
+        yield torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+
+
+def plain_images(views: Views, n: int) -> tuple[Tensor, Tensor]:
+    """All of `plain_batches` at once."""
+    return next(plain_batches(views, n, n))
 
 
 # --------------------------------------------------------------------------------------------------- order

@@ -68,11 +68,6 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype, enabled=self.name != "fp32", cache_enabled=cache)
 
 
-def exact_convolutions() -> AbstractContextManager:
-    """Convolutions in full fp32 on a GPU, whose default is TF32: for codes and features that must not depend on it."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-
-
 def derive_seed(*key: object) -> int:
     """A 63-bit seed from anything printable, the same on every platform."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()

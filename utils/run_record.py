@@ -27,6 +27,11 @@ class RunRecord:
         return ScaleSchedule.parse(pn) if pn else None
 
     @property
+    def supervision(self) -> str:
+        """How its training made codes of images: see `VQVAE.tokenize`."""
+        return self.content["model"].get("supervision", "latent")
+
+    @property
     def class_names(self) -> list[str] | None:
         return self.content.get("class_names")
 

@@ -6,7 +6,6 @@ Legend: B batch, L tokens of a schedule, s side of a scale.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,16 +14,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from models.pipeline import SARPipeline, class_names, open_pipeline, to_pil
-from models.sampling import Draw, evaluating, image_uniforms, walk
-from models.scales import shift_all, shift_up
+from models.pipeline import open_pipeline, to_pil
+from models.scales import shift_up
 from utils.config import DataConfig
-from utils.data import encode_batch, open_dataset, plain_images
 from utils.entry import check_output_file, entry
+from utils.evaluations.exposure_bias import Exposure, HeldOut
 from utils.files import read_json
 from utils.flags import Parser, number, whole
-from utils.pictures import captioned_grid, coarse_to_fine, plot_curves, read_metrics
-from utils.run_record import find_run
+from utils.pictures import coarse_to_fine, plot_curves, read_metrics
 from utils.tables import markdown
 
 PAPER_FID = {
@@ -37,68 +34,10 @@ PAPER_FID = {
 }
 
 
-@dataclass
-class HeldOut:
-    """Held-out images, their classes and codes, under one model."""
-
-    pipeline: SARPipeline
-    images: Tensor  # (B, 3, H, W)
-    labels: Tensor  # (B,)
-    tokens: Tensor  # (B, L) ground truth
-
-    @classmethod
-    def of(cls, ckpt: str, args: argparse.Namespace, supervision: str = "latent", split: str = "val") -> HeldOut:
-        """With split "train", images that were trained on, not augmented."""
-        pipeline = open_pipeline(ckpt, args.vae_ckpt, args.pn)
-        schedule, vae = pipeline.schedule, pipeline.vae
-        data = DataConfig(dataset=args.dataset, data_path=args.data_path)
-        views = open_dataset(data, schedule.sides[-1] * vae.config.factor, 0, split)
-        if views is None:
-            raise ValueError(f"{args.data_path} has no val/ to take held-out images from")
-        cls.check_classes(ckpt, pipeline, views.classes)
-        images, labels = plain_images(views, args.n)
-        tokens = encode_batch(vae, images, labels, schedule, supervision).tokens(schedule)
-        return cls(pipeline, images, labels, tokens)
-
-    @staticmethod
-    def check_classes(ckpt: str, pipeline: SARPipeline, classes: list[str]) -> None:
-        """Raises ValueError when a run's classes are not those of the data: their labels would mean others."""
-        run = find_run(ckpt)
-        names = class_names(classes, pipeline.model.config.num_classes)
-        if run is not None and run.class_names not in (None, names):
-            raise ValueError(
-                f"{run.directory} was trained on other classes ({', '.join(run.class_names[:3])} …) than the data's "
-                f"({', '.join(names[:3])} …): give the run's own --dataset and --data_path"
-            )
-
-    @torch.no_grad()
-    def logits(self, fed: Tensor) -> Tensor:
-        """Logits (B, L, V) when tokens `fed` (B, L) make the inputs."""
-        schedule, model = self.pipeline.schedule, self.pipeline.model
-        with evaluating(model):
-            return model(self.labels, shift_all(fed, self.pipeline.vae.codebook, schedule), schedule)
-
-    def nll(self, fed: Tensor) -> Tensor:
-        """NLL of the true tokens (B, L) when tokens `fed` (B, L) make the inputs."""
-        losses = F.cross_entropy(self.logits(fed).flatten(0, 1), self.tokens.flatten(), reduction="none")
-        return losses.view_as(self.tokens)
-
-    @torch.no_grad()
-    def rolled_out(self, seed: int, top_k: int = 0) -> Tensor:
-        """Tokens (B, L) of the model's own autoregressive walk, without guidance; top-k 1 is greedy."""
-        pipeline = self.pipeline
-        schedule, codebook = pipeline.schedule, pipeline.vae.codebook
-        needed = pipeline.model.uniforms_needed(schedule)
-        uniforms = image_uniforms(range(seed, seed + len(self.labels)), needed, self.labels.device)
-        with evaluating(pipeline.model):
-            scales = walk(pipeline.model, codebook, self.labels, schedule, Draw(top_k=top_k, max_pn=None), uniforms)
-            return torch.cat([codes for _, codes in scales], dim=1)
-
-    def pictures(self, tokens: Tensor) -> dict[int, Tensor]:
-        """What the tokens of each scale decode to: {side: (B, 3, factor·s, factor·s)}."""
-        schedule, vae = self.pipeline.schedule, self.pipeline.vae
-        with torch.no_grad():
-            return {s: vae.decode(c, s) for s, c in zip(schedule.sides, schedule.split(tokens), strict=True)}
+def held_out(ckpt: str, args: argparse.Namespace, pn: str = "", supervision: str = "") -> HeldOut:
+    """The held-out images that the flags name, under one checkpoint's model."""
+    data = DataConfig(dataset=args.dataset, data_path=args.data_path)
+    return HeldOut.of(ckpt, data, args.n, args.vae_ckpt, pn or args.pn, supervision)
 
 
 def distinct(paths: list[str], parent: bool = False) -> dict[str, str]:
@@ -148,106 +87,147 @@ def throughput_fid(args: argparse.Namespace) -> None:
 
 def tf_vs_ar(args: argparse.Namespace) -> None:
     """Fig. 3: greedy predictions from ground truth beside greedy predictions from the model's own, scale by scale."""
-    data = HeldOut.of(args.ckpt[0], args)
-    forced = data.logits(data.tokens).argmax(-1)
-    own = data.rolled_out(args.seed, top_k=1)
+    data = held_out(args.ckpt[0], args)
+    forced, own = data.predictions(data.tokens), data.drawn(args.seed, top_k=1)
     rows = {"ground truth": data.tokens, "teacher-forced": forced, "autoregressive": own}
     rows_of_scales({name: data.pictures(tokens) for name, tokens in rows.items()}).save(args.out)
 
 
+START, WALK = 4, (8, 10, 13, 16)  # of Fig. 7
+
+
+def walk_of(ckpt: str, args: argparse.Namespace) -> tuple[str, int]:
+    """The scales of Fig. 7, and the last one that is held: the coarse ones up to 4, then 8, 10, 13, 16; of a model that
+    ends elsewhere, or where --pn names others, those."""
+    sides = open_pipeline(ckpt, args.vae_ckpt, args.pn).schedule.sides
+    if not args.pn and sides[-1] == WALK[-1] and START in sides:
+        sides = (*(s for s in sides if s <= START), *WALK)
+    start = max((s for s in sides[:-1] if s <= START), default=0)
+    if not start:
+        raise ValueError(f"a trajectory starts at a side of at most {START} and goes on: name such scales by --pn")
+    return "_".join(map(str, sides)), start
+
+
+def walked(data: HeldOut, start: int, cfg: float, seed: int) -> Tensor:
+    """Tokens (N, L) of a walk that holds the images' own codes up to side `start`, and draws the rest."""
+    parts = data.schedule.split(data.tokens.to(data.pipeline.device))
+    truth = dict(zip(data.schedule.sides, parts, strict=True))
+    drawn = data.pipeline.codes(
+        data.labels.tolist(), cfg=cfg, top_k=0, top_p=0.0, seed=seed,
+        edit=lambda s, codes: truth[s] if s <= start else codes,
+    )  # fmt: skip
+    return torch.cat(list(drawn.values()), dim=1).cpu()
+
+
 def trajectory(args: argparse.Namespace) -> None:
-    """Fig. 7: models from the same start (the first one's sample up to side 4)."""
-    pipelines = {name: open_pipeline(c, args.vae_ckpt, args.pn) for name, c in distinct(args.ckpt).items()}
-    first = next(iter(pipelines.values()))
-    options = {"cfg": args.cfg, "top_k": 0, "top_p": 0.0, "seed": args.seed}
-    classes = list(range(min(args.n, first.model.config.num_classes)))
-    start = first.codes(classes, **options)
-    steps: dict[int, list[Image.Image]] = {s: [] for s in first.schedule.sides}
-    for pipeline in pipelines.values():
-        drawn = pipeline.steps(classes, edit=lambda s, codes: start[s] if s <= 4 else codes, **options)
-        for s, pictures in drawn.items():
-            steps[s] += pictures
-    start_side = max(s for s in first.schedule.sides[:-1] if s <= 4)
-    shown = {s: pictures for s, pictures in steps.items() if s >= start_side}
-    coarse_to_fine(shown, [name for name in pipelines for _ in classes]).save(args.out)
+    """Fig. 7: models walk on from the same held-out images' codes at side 4 (and the coarser ones, their context)."""
+    rows: dict[str, dict[int, Tensor]] = {}
+    for name, ckpt in distinct(args.ckpt).items():
+        pn, start = walk_of(ckpt, args)
+        data = held_out(ckpt, args, pn)
+        for row, tokens in (("held-out image", data.tokens), (name, walked(data, start, args.cfg, args.seed))):
+            if row not in rows:
+                rows[row] = {s: p for s, p in data.pictures(tokens).items() if s >= start}
+    rows_of_scales(rows).save(args.out)
+
+
+def student_forced(data: HeldOut, start: int) -> Tensor:
+    """Fig. 8's student forcing: greedy predictions (N, L) of the scales from number `start` on, the first of them by
+    the teacher, each of the others fed with the one before. Coarser scales hold ground truth."""
+    schedule, fed = data.schedule, data.tokens.clone()
+    for i in range(start, len(schedule)):
+        span = schedule.span(i)
+        fed[:, span] = data.predictions(fed)[:, span]
+    return fed
 
 
 def sf_inputs(args: argparse.Namespace) -> None:
-    """Fig. 8: what student forcing sees and says at the last two scales; and, as numbers, how errors grow.
+    """Fig. 8: what student forcing sees and says at the last three scales; and, as numbers, how errors grow.
 
-    The table gives the mean |Δ| of decoded greedy predictions against decoded ground truth, in [-1, 1] units, when the
-    inputs are ground truth (TF), the teacher's predictions shifted up (SSR), or the model's own rollout (naive SF).
+    The student-forced rows start from the teacher's prediction at the scale before those, and take the model's own
+    two steps from there. Beside them, the naive rollout: the model's own from the first scale on. The table gives the
+    mean |Δ| of decoded greedy predictions against decoded ground truth, in [-1, 1] units, when the inputs are ground
+    truth (TF), the teacher's predictions shifted up (SSR), those of Fig. 8 (SF), or the naive rollout.
     """
-    data = HeldOut.of(args.ckpt[0], args)
-    vae, schedule = data.pipeline.vae, data.pipeline.schedule
-    forced = data.logits(data.tokens).argmax(-1)
-    own = data.rolled_out(args.seed, top_k=1)
-    truth = data.pictures(data.tokens)
-    said = {"TF": forced, "SSR": data.logits(forced).argmax(-1), "naive SF": data.logits(own).argmax(-1)}
-    table = {
-        name: {s: (p - truth[s]).abs().mean().item() for s, p in data.pictures(tokens).items()}
-        for name, tokens in said.items()
-    }
-    print(markdown(["side", *table], [[str(s), *(f"{t[s]:.4f}" for t in table.values())] for s in schedule.sides]))
+    data = held_out(args.ckpt[0], args)
+    schedule, truth = data.schedule, data.tokens
+    if len(schedule) < 2:
+        raise ValueError("the figure shows what one scale feeds the next: this model has one scale only")
+    start = max(0, len(schedule) - 4)  # of the default scales, side 8
+    forced, naive = data.predictions(truth), data.drawn(args.seed, top_k=1)
+    student = student_forced(data, start)
+    before = f"SF from {schedule.sides[start]}"
+    said = {"TF": forced, "SSR": data.predictions(forced), before: student, "naive rollout": naive}
+    decoded, real = {name: data.pictures(tokens) for name, tokens in said.items()}, data.pictures(truth)
+    shown = range(start + 1, len(schedule))
 
-    def seen(tokens: Tensor, i: int) -> list[Image.Image]:
-        before, s = schedule.split(tokens)[i - 1], schedule.sides[i]
-        vectors = F.normalize(shift_up(before, vae.codebook, schedule.sides[i - 1], s), dim=-1)
+    def seen(tokens: Tensor, i: int) -> Tensor:
+        """The inputs of scale i, shifted up from tokens, decoded."""
+        vae, (a, b) = data.pipeline.vae, schedule.sides[i - 1 : i + 1]
+        codes = tokens[:, schedule.span(i - 1)].to(data.pipeline.device)
+        vectors = F.normalize(shift_up(codes, vae.codebook, a, b), dim=-1)
         with torch.no_grad():
-            return to_pil(vae.decode_vectors(vectors, s))
+            return vae.decode_vectors(vectors, b).cpu()
 
-    tiles, captions = [], []
-    predicted = data.pictures(said["naive SF"])
-    for i in (len(schedule) - 2, len(schedule) - 1):
-        s = schedule.sides[i]
-        difference = (predicted[s] - truth[s]).abs() - 1  # 0 is black
-        columns = {
-            "ground truth": to_pil(truth[s]),
-            "TF input": seen(data.tokens, i),
-            "SF input": seen(own, i),
-            "SF prediction": to_pil(predicted[s]),
-            "|Δ|": to_pil(difference),
+    def inputs(tokens: Tensor) -> dict[int, Tensor]:
+        return {schedule.sides[i]: seen(tokens, i) for i in shown}
+
+    def columns(pictures: dict[int, Tensor]) -> dict[int, Tensor]:
+        return {schedule.sides[i]: pictures[schedule.sides[i]] for i in shown}
+
+    error = {s: (p - real[s]).abs() - 1 for s, p in decoded[before].items()}  # 0 is black
+    rows_of_scales(
+        {
+            "ground truth": columns(real),
+            "TF input": inputs(truth),
+            f"{before}, input": inputs(student),
+            f"{before}, prediction": columns(decoded[before]),
+            f"{before}, |Δ|": columns(error),
+            "naive rollout, input": inputs(naive),
+            "naive rollout, prediction": columns(decoded["naive rollout"]),
         }
-        for b in range(len(data.labels)):
-            tiles += [pictures[b] for pictures in columns.values()]
-            captions += [f"{name} {s}×{s}" for name in columns]
-    captioned_grid(tiles, captions, columns=5, cell=max(160, tiles[-1].width)).save(args.out)
+    ).save(args.out)
+    lines = [
+        [str(s), *(f"{(p[s] - real[s]).abs().mean().item():.4f}" for p in decoded.values())] for s in schedule.sides
+    ]
+    print(markdown(["side", *decoded], lines))
 
 
 def supervision(args: argparse.Namespace) -> None:
     """Fig. 2: codes of each scale from area-resized latents, and from resized images."""
     rows = {}
     for kind in ("latent", "image"):
-        data = HeldOut.of(args.ckpt[0], args, kind)
+        data = held_out(args.ckpt[0], args, supervision=kind)
         rows[f"from {kind}s"] = data.pictures(data.tokens)
-    factor = data.pipeline.vae.config.factor
-    resized = {
-        s: F.interpolate(data.images, (factor * s, factor * s), mode="area") for s in data.pipeline.schedule.sides
-    }
+    images, factor = data.images, data.pipeline.vae.config.factor
+    resized = {s: F.interpolate(images, (factor * s, factor * s), mode="area") for s in data.schedule.sides}
     rows_of_scales({"image": resized, **rows}).save(args.out)
 
 
-def exposure_bias(args: argparse.Namespace) -> None:
-    """Per scale, the NLL of held-out codes after ground-truth inputs and after the model's own (sampled) inputs.
+MEASURED = """
+NLL of held-out images' codes in nats per token, by what the coarser scales were that the model was fed: true ones; true
+ones, but for its own draw of the scale right before (one stagger-scale step); its own throughout. The gaps are what
+student forcing is meant to close. After a whole prefix of its own the model draws another picture than the held-out
+one, so some of the last gap is right, and a model that ignores its inputs has none: compare checkpoints, not scales,
+and look at the likelihood after true inputs first. Draws are unguided, without top-k and top-p.
+"""
 
-    The gap is what student forcing is meant to close. The model's own picture is another one than the held-out picture,
-    so some gap is right: compare checkpoints, not scales.
-    """
+
+def exposure_bias(args: argparse.Namespace) -> None:
+    """Per scale, the NLL of held-out codes after ground-truth inputs, after one own step, and after own inputs."""
     rows = []
     for model, ckpt in distinct(args.ckpt).items():
-        data = HeldOut.of(ckpt, args)
-        schedule = data.pipeline.schedule
-        for s, forced, own in zip(schedule.sides, *map(schedule.split, exposure(data, args.seed)), strict=True):
-            a, b = forced.mean().item(), own.mean().item()
-            rows.append([model, str(s), f"{a:.4f}", f"{b:.4f}", f"{b - a:.4f}"])
-    text = markdown(["model", "side", "NLL, ground-truth inputs", "NLL, own inputs", "gap"], rows)
-    Path(args.out).write_text(text + "\n", encoding="utf-8")
+        data = held_out(ckpt, args)
+        found = Exposure.of(data, args.seed)
+        for s, *values in zip(
+            data.schedule.sides, found.forced, found.one_step, found.gaps("one_step"), found.own, found.gaps("own"),
+            strict=True,
+        ):  # fmt: skip
+            rows.append([model, str(s), *(f"{value:.4f}" for value in values)])
+    titles = ["true inputs", "after one own step", "gap of one step", "own inputs", "gap of own inputs"]
+    text = markdown(["model", "side", *titles], rows) + "\n" + MEASURED
+    Path(args.out).write_text(text, encoding="utf-8")
     print(text)
-
-
-def exposure(data: HeldOut, seed: int) -> tuple[Tensor, Tensor]:
-    """NLL of the held-out codes (B, L) after ground-truth inputs, and after the model's own."""
-    return data.nll(data.tokens), data.nll(data.rolled_out(seed))
 
 
 IMAGES = ["vae_ckpt", "pn", "dataset", "data_path", "n"]  # flags of figures of held-out images
@@ -256,7 +236,7 @@ FIGURES = {
     "training-curves": (training_curves, ["runs", "metric"], None),
     "throughput-fid": (throughput_fid, ["reports"], None),
     "tf-vs-ar": (tf_vs_ar, ["ckpt", *IMAGES, "seed"], 1),
-    "trajectory": (trajectory, ["ckpt", "vae_ckpt", "pn", "n", "cfg", "seed"], None),
+    "trajectory": (trajectory, ["ckpt", *IMAGES, "cfg", "seed"], None),
     "sf-inputs": (sf_inputs, ["ckpt", *IMAGES, "seed"], 1),
     "supervision": (supervision, ["ckpt", *IMAGES], 1),
     "exposure-bias": (exposure_bias, ["ckpt", *IMAGES, "seed"], None),

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.vqvae import exact_convolutions
 from utils.files import read_tensors
-from utils.optim import exact_convolutions
 
 SPATIAL_CHANNELS = 7  # of the tapped map
 CPU_BATCH = 8  # images that a network sees at once on a CPU, where their activations should stay in the cache

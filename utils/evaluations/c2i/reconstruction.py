@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
-from models.vqvae import VQVAE, to_bytes
+from models.vqvae import VQVAE, exact_convolutions, to_bytes
 from utils.codebook import histogram, perplexity, usage
 from utils.config_sampling import EvalConfig
 from utils.data import evenly
@@ -26,7 +26,6 @@ from utils.evaluations.c2i.reference import Reference
 from utils.evaluations.c2i.report import score
 from utils.evaluations.c2i.store import FeatureStore, chunk_size
 from utils.files import read_array, save_array
-from utils.optim import exact_convolutions
 from utils.pictures import grid, save_picture
 from utils.run_record import find_run
 from utils.tokenizer_loss import resize_to

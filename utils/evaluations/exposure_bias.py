@@ -1,0 +1,198 @@
+"""How far a model strays when it is fed its own tokens: likelihoods of held-out codes after true and after own inputs.
+
+Legend: N images, B of them at a time, L tokens of a schedule, s side of a scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.head import Linear, head_losses
+from models.pipeline import SARPipeline, class_names, open_pipeline
+from models.sampling import Draw, Edit, evaluating, image_uniforms, walk
+from models.scales import ScaleSchedule, shift_all
+from utils.config import DataConfig
+from utils.data import Views, encode_batch, open_dataset, plain_batches, plain_images
+from utils.run_record import find_run
+
+BATCH = 8  # images at a time: of the largest models, a few GB
+
+
+@dataclass
+class HeldOut:
+    """Held-out images, their classes and codes, under one model. Nothing but the codes is kept of many images."""
+
+    pipeline: SARPipeline  # on the GPU, if there is one
+    views: Views
+    labels: Tensor  # (N,)
+    tokens: Tensor  # (N, L) ground truth
+
+    @classmethod
+    def of(
+        cls,
+        ckpt: str,
+        data: DataConfig,
+        n: int,
+        vae_ckpt: str = "",
+        pn: str = "",
+        supervision: str = "",
+        split: str = "val",
+    ) -> HeldOut:
+        """At most n images, evenly over a split, not augmented; with split "train", images that were trained on.
+
+        Their codes are made as the model's training made them, unless `supervision` names a way.
+        """
+        pipeline = open_pipeline(ckpt, vae_ckpt, pn)
+        pipeline = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        schedule, vae = pipeline.schedule, pipeline.vae
+        views = open_dataset(data, pipeline.side, 0, split)
+        if views is None:
+            raise ValueError(f"{data.data_path} has no val/ to take held-out images from")
+        check_classes(ckpt, pipeline, views.classes)
+        labels, tokens = [], []
+        for images, some in plain_batches(views, n, BATCH):
+            batch = encode_batch(vae, images.to(pipeline.device), some, schedule, supervision or pipeline.supervision)
+            labels.append(some)
+            tokens.append(batch.tokens(schedule).cpu())
+        return cls(pipeline, views, torch.cat(labels), torch.cat(tokens))
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        return self.pipeline.schedule
+
+    @property
+    def images(self) -> Tensor:
+        """(N, 3, H, W), read again."""
+        return plain_images(self.views, len(self.labels))[0]
+
+    def batches(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Labels, and tensors of all images, a batch at a time and on the model's device."""
+        for parts in zip(*(x.split(BATCH) for x in (self.labels, *tensors)), strict=True):
+            yield tuple(part.to(self.pipeline.device) for part in parts)
+
+    @torch.no_grad()
+    def look(self, fed: Tensor, see: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `see` makes of the logits (B, n, V) of some tokens, (B, n), for all tokens (N, L) when tokens `fed`
+        (N, L) make the inputs."""
+        model, found = self.pipeline.model, []
+        for labels, part, truth in self.batches(fed, self.tokens):
+            seen: list[Tensor] = []
+
+            def keep(start: int, end: int, logits: Tensor, head: Linear, seen: list[Tensor] = seen) -> None:
+                seen.append(see(logits))
+
+            inputs = shift_all(part, self.pipeline.vae.codebook, self.schedule)
+            with evaluating(model):
+                model(labels, inputs, self.schedule, read=lambda x, head, t=truth, k=keep: head_losses(x, head, t, k))
+            found.append(torch.cat(seen, dim=1).cpu())
+        return torch.cat(found)
+
+    def predictions(self, fed: Tensor) -> Tensor:
+        """The likeliest tokens (N, L) when tokens `fed` (N, L) make the inputs."""
+        return self.look(fed, lambda logits: logits.argmax(-1))
+
+    def entropy(self) -> list[float]:
+        """Mean entropy of each side's predictions after true inputs, in nats."""
+        found = self.look(self.tokens, lambda logits: torch.special.entr(logits.float().softmax(-1)).sum(-1))
+        return per_side(found, self.schedule)
+
+    @torch.no_grad()
+    def nll(self, fed: Tensor, scales: int = 0, first: int = 0) -> Tensor:
+        """NLL of the true tokens when tokens `fed` (N, L) make the inputs: (N, n) of the scales from number `first` on.
+
+        `scales`: pass the first so many through the model only; 0: all.
+        """
+        model, codebook, found = self.pipeline.model, self.pipeline.vae.codebook, []
+        part = ScaleSchedule(self.schedule.sides[: scales or None])
+        span = slice(part.offsets[first], part.total)
+        for labels, tokens, truth in self.batches(fed[:, : part.total], self.tokens[:, span]):
+            inputs = shift_all(tokens, codebook, part)
+            with evaluating(model):
+                losses = model(
+                    labels, inputs, part, read=lambda x, head, t=truth: head_losses(x, head, t)[1], first=first
+                )
+            found.append(losses.cpu())
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def drawn(self, seed: int, top_k: int = 0, on_truth: bool = False) -> Tensor:
+        """Tokens (N, L) of the model's own autoregressive walk, without guidance; top-k 1 is greedy.
+
+        With `on_truth` each scale is drawn after true coarser ones, and is not fed on.
+        """
+        model, codebook, found, done = self.pipeline.model, self.pipeline.vae.codebook, [], 0
+        needed = model.uniforms_needed(self.schedule)
+        for labels, truth in self.batches(self.tokens):
+            seeds = range(seed + done, seed + done + len(labels))
+            uniforms, own = image_uniforms(seeds, needed, labels.device), {}
+            known = dict(zip(self.schedule.sides, self.schedule.split(truth), strict=True))
+
+            def edit(s: int, codes: Tensor, own: dict = own, known: dict = known) -> Tensor:
+                own[s] = codes
+                return known[s] if on_truth else codes
+
+            with evaluating(model):
+                walked: Edit = edit
+                for _ in walk(model, codebook, labels, self.schedule, Draw(top_k=top_k), uniforms, walked):
+                    pass
+            found.append(torch.cat(list(own.values()), dim=1).cpu())
+            done += len(labels)
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def pictures(self, tokens: Tensor) -> dict[int, Tensor]:
+        """What the tokens (N, L) of each scale decode to: {side: (N, 3, factor·s, factor·s)}."""
+        vae, device = self.pipeline.vae, self.pipeline.device
+        parts = zip(self.schedule.sides, self.schedule.split(tokens.to(device)), strict=True)
+        return {s: vae.decode(codes, s).cpu() for s, codes in parts}
+
+
+def check_classes(ckpt: str, pipeline: SARPipeline, classes: list[str]) -> None:
+    """Raises ValueError when a run's classes are not those of the data: their labels would mean others."""
+    run = find_run(ckpt)
+    names = class_names(classes, pipeline.model.config.num_classes)
+    if run is not None and run.class_names not in (None, names):
+        raise ValueError(
+            f"{run.directory} was trained on other classes ({', '.join(run.class_names[:3])} …) than the data's "
+            f"({', '.join(names[:3])} …): give the run's own --dataset and --data_path"
+        )
+
+
+def per_side(values: Tensor, schedule: ScaleSchedule) -> list[float]:
+    """Values of tokens (N, L) → their mean at each side."""
+    return [part.double().mean().item() for part in schedule.split(values)]
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """Mean NLL of held-out codes at each side, in nats per token, by what the scales before it were.
+
+    After `forced`, ground truth throughout. In `one_step`, the scale before is the model's own draw given true coarser
+    ones, and nothing else is: one stagger-scale step. In `own`, all scales before are the model's own: the picture that
+    it draws is another one than the held-out picture, so some of that gap is right.
+    """
+
+    forced: list[float]
+    one_step: list[float]
+    own: list[float]
+
+    @classmethod
+    def of(cls, data: HeldOut, seed: int) -> Exposure:
+        """Draws are without guidance, top-k and top-p; image i's from seed + i."""
+        schedule, truth = data.schedule, data.tokens
+        forced = per_side(data.nll(truth), schedule)
+        own = per_side(data.nll(data.drawn(seed)), schedule)
+        drawn, one_step = data.drawn(seed, on_truth=True), forced[:1]
+        for i in range(1, len(schedule)):
+            fed, before = truth.clone(), schedule.span(i - 1)
+            fed[:, before] = drawn[:, before]
+            one_step.append(data.nll(fed, scales=i + 1, first=i).double().mean().item())
+        return cls(forced, one_step, own)
+
+    def gaps(self, kind: str) -> list[float]:
+        """NLL after "one_step" or "own" inputs less that after true ones, at each side."""
+        return [value - true for value, true in zip(getattr(self, kind), self.forced, strict=True)]
