@@ -89,11 +89,7 @@ def check_init(config: TrainConfig, vae: VQVAE, names: list[str]) -> None:
             f"{run.directory} was trained on other classes ({old} where the data has {new}): "
             "--reset_class_embedding draws them anew, --allow_change keeps them"
         )
-    if run.tokenizer_sha256 not in ("", digest_of(vae)):
-        other = f"{wanted.vae_ckpt} is not the tokenizer that {run.directory} was trained on"
-        if not changed(wanted, ["vae_ckpt"]):
-            raise ValueError(f"{other} (its SHA-256 is another): give --vae_ckpt {run.tokenizer}")
-        warnings.warn(f"{other}: its codes mean something else", stacklevel=2)
+    run.check_tokenizer(digest_of(vae), wanted.vae_ckpt, named=bool(changed(wanted, ["vae_ckpt"])))
 
 
 def with_sides(config: TrainConfig) -> TrainConfig:

@@ -6,7 +6,6 @@ import csv
 import difflib
 import re
 import unicodedata
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -164,11 +163,8 @@ class SARPipeline(
                 f"{ckpt} predicts codes of a {model.config.codebook_size} × {model.config.codebook_dim} codebook, "
                 f"{vae_ckpt} has one of {vae.config.codebook_size} × {vae.config.codebook_dim}"
             )
-        if run is not None and run.tokenizer_sha256 not in ("", digest_of(vae)):
-            other = f"{vae_ckpt} is not the tokenizer that {run.directory} was trained on"
-            if not named:
-                raise ValueError(f"{other} (its SHA-256 is another): put that one there, or name one by --vae_ckpt")
-            warnings.warn(f"{other}: its codes mean something else", stacklevel=2)
+        if run is not None:
+            run.check_tokenizer(digest_of(vae), str(vae_ckpt), named)
         tokenizer_run = find_run(vae_ckpt)
         schedule = schedule or (run and run.schedule) or (tokenizer_run and tokenizer_run.schedule) or DEFAULT_SCHEDULE
         class_names = class_names or (run and run.class_names) or None

@@ -1,12 +1,15 @@
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 from models import Draw, Guidance
 from models.editing import hold_known, inpaint, place_on_canvas
-from models.pipeline import SARPipeline
+from models.pipeline import SARPipeline, to_pil
 
 
 @pytest.fixture
@@ -55,6 +58,20 @@ def test_which_codes_are_held(vae, half, schedule):
         # half of the one coarsest cell is masked, and its bound is just below a half: it is repainted
         columns = {1: [False], 2: [True, False], 3: [True, False, False], 4: [True, True, False, False]}[s]
         assert held[0, 0].tolist() == columns
+
+
+def test_held_codes_are_those_of_the_models_training(vae, model, half, schedule):
+    images, masks = half
+    pipeline = SARPipeline.of(vae, model, schedule, supervision="image")
+    edit = hold_known(vae, images, masks, schedule, pipeline.supervision)
+    for s in schedule.sides:
+        small = F.interpolate(images, (16 * s, 16 * s), mode="area")
+        drawn = torch.full((2, s * s), -1)
+        held = edit(s, drawn) >= 0
+        assert torch.equal(edit(s, drawn)[held], vae.codes(vae.encode(small), s)[held])
+    with patch("models.editing.hold_known", wraps=hold_known) as holding:  # as a pipeline paints
+        pipeline.inpaint(to_pil(images[:1])[0], to_pil_image(masks[0]), 3)
+    assert holding.call_args.args[-1] == "image"
 
 
 def test_out_painting_keeps_the_picture_in_the_middle(vae, model, expected, schedule):

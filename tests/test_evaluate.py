@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluate import label_order, main
+from evaluate import Generated, label_order, main
+from models import SARPipeline
 from tests.conftest import ROOT, run, tool, torchrun
 from utils.config_sampling import EvalConfig
 from utils.evaluations.c2i.images import FolderImages, NpzImages, Resized, open_images, write_npz
@@ -131,6 +132,27 @@ def test_sweep_and_intermediate_scale(saved, real, tmp_path):
     assert (tmp_path / "sweep.md").read_text().count("\n") == 4
     assert (tmp_path / "sweep.png").stat().st_size > 1000
     assert json.loads((tmp_path / "reference/settings.json").read_text())["side"] == 32
+
+
+def test_an_intermediate_scale_is_the_last_one_that_is_drawn(saved):
+    config = parse(EvalConfig, ["--eval_scale=2", f"--ckpt={saved}"])
+    pipeline = SARPipeline.from_pretrained(saved)
+    seen = []
+    pipeline.model.blocks[0].register_forward_hook(lambda _, x, y: seen.append(x[0].shape[1]))
+    images = Generated(pipeline, config, *config.settings()[0]).batch(range(2))
+    assert images.shape == (2, 3, 32, 32)
+    assert seen == [1, 4]
+
+
+def test_pictures_are_decoded_in_full_precision_whatever_the_model_runs_in(saved):
+    pipeline = SARPipeline.from_pretrained(saved)
+    batches = []
+    for precision in ("fp32", "bf16"):  # greedy from the same codes: what differs would be the decoder's
+        config = parse(EvalConfig, [f"--precision={precision}", f"--ckpt={saved}", "--top_k=1", "--top_p=0.95"])
+        source = Generated(pipeline, config, *config.settings()[0])
+        with patch("evaluate.sample_codes", lambda *_, **__: {4: torch.arange(32).view(2, 16)}):
+            batches.append(source.batch(range(2)))
+    assert torch.equal(*batches)
 
 
 def test_tokenizer_report(vae, real, tmp_path):

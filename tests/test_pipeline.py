@@ -55,6 +55,43 @@ def test_unknown_classes_suggest_the_nearest(name, message):
         find_class(name, imagenet_classes())
 
 
+ODD = ScaleSchedule((1, 4, 7))  # released models take side 7 greedily
+
+
+def drawn_at_seven(pipeline, **options):
+    """Whether side 7 depends on the seed, all coarser codes being equal."""
+    held = {}
+
+    def hold(s, codes):
+        return held.setdefault(s, codes) if s != 7 else codes
+
+    first, second = (pipeline.codes(3, seed=seed, edit=hold, **options)[7] for seed in (0, 1))
+    return not torch.equal(first, second)
+
+
+def test_released_weights_take_odd_sides_greedily_and_a_runs_own_are_drawn(vae, model, tmp_path):
+    for name, weights in (("vae", vae), ("model", model)):
+        save_weights(weights, tmp_path / f"{name}.safetensors")
+    files = tmp_path / "vae.safetensors", tmp_path / "model.safetensors"
+    released = SARPipeline.from_files(*files, ODD)
+    assert not drawn_at_seven(released)
+    assert "sides 7 are taken greedily" in released.greedy_sides(released.drawing())
+    (tmp_path / "run").mkdir()
+    save_weights(model, tmp_path / "run/model.safetensors")
+    described = {"model": {"pn": "1_4_7", "vae_ckpt": str(files[0]), "supervision": "image"}}
+    (tmp_path / "run/config.json").write_text(json.dumps(described))
+    own = open_pipeline(str(tmp_path / "run"))
+    assert own.schedule == ODD
+    assert own.supervision == "image"
+    assert drawn_at_seven(own)
+    assert own.greedy_sides(own.drawing()) == ""
+    assert not drawn_at_seven(own, max_pn=4)  # asked for
+    own.save_pretrained(tmp_path / "saved")  # what it is goes along
+    again = SARPipeline.from_pretrained(tmp_path / "saved")
+    assert (again.supervision, again.max_pn) == ("image", None)
+    assert drawn_at_seven(again)
+
+
 def test_images_do_not_depend_on_how_many_there_are(pipeline):
     all_of_them = pipeline(["animal a", 3], n=2, seed=5)
     assert all_of_them[0].size == (64, 64)

@@ -164,6 +164,18 @@ def test_without_a_bound_every_side_is_drawn(vae, model):
     assert (draws[0] != draws[1]).float().mean() > 0.3
 
 
+def test_a_walk_that_stops_early_draws_the_same_and_computes_no_more(vae, model, schedule):
+    labels, sides = torch.tensor([1, 2]), []
+    model.blocks[0].register_forward_hook(lambda _, x, y: sides.append(x[0].shape[1]))
+    draw = Draw(Guidance("ramp", 2.0), 20, 0.9)
+    whole = sample_codes(model, vae.codebook, labels, schedule, draw, [3, 4])
+    sides.clear()
+    part = sample_codes(model, vae.codebook, labels, schedule, draw, [3, 4], until=2)
+    assert sides == [1, 4]
+    assert list(part) == [1, 2]
+    assert all(torch.equal(part[s], whole[s]) for s in part)
+
+
 def test_logits_that_are_not_numbers_give_tokens_all_the_same():
     tokens = sample_tokens(torch.full((3, 7), torch.nan), 5, 0.9, torch.rand(3))
     assert ((tokens >= 0) & (tokens < 7)).all()

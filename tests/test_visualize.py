@@ -118,7 +118,7 @@ def test_the_papers_trajectory_has_its_scales_in_a_model_of_ten(runs, monkeypatc
 def test_fig_8_starts_from_the_teachers_prediction_and_takes_two_steps(
     runs, small_vae_file, shown, tmp_path, monkeypatch
 ):
-    """By the paper: SF inputs are up(TF prediction), then the shifted-up predictions of two steps of the model's own."""
+    """By the paper: SF inputs are the TF prediction shifted up, then what two steps of the model itself predict."""
     sides = (1, 2, 3, 4, 5)
     draw(monkeypatch, "sf-inputs", tmp_path / "f.png", "--ckpt", runs[0], "--dataset=digits", "--n=2", "--pn=1_2_3_4_5")
     val = open_dataset(DataConfig(dataset="digits"), 20, 0, "val")

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -43,3 +45,17 @@ def test_autocast_does_not_change_codes(vae, expected):
 def test_wrong_image_side_is_named(vae):
     with pytest.raises(ValueError, match="multiples of 16"):
         vae.encode(torch.zeros(1, 3, 60, 64))
+
+
+@pytest.mark.parametrize("supervision", ["latent", "image"])
+def test_codes_do_not_depend_on_who_asks(vae, expected, schedule, supervision):
+    """In half precision or not, training or not, with gradients or without: codes are the frozen tokenizer's own."""
+    wanted = vae.tokenize(expected["images"], schedule.sides, supervision)
+    caller = copy.deepcopy(vae).requires_grad_().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = caller.tokenize(expected["images"], schedule.sides, supervision)
+    assert all(torch.equal(found[s], wanted[s]) for s in schedule.sides)
+    if supervision == "latent":
+        assert torch.equal(torch.cat(list(wanted.values()), 1), expected["vae.codes"])
+        with torch.autocast("cpu", torch.bfloat16):  # what the caller's precision would make of it
+            assert worst(vae.encode(expected["images"]).float(), expected["vae.latent"]) > 1e-3

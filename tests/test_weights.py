@@ -10,7 +10,10 @@ from models import VQVAE, FlexVAR, FlexVARConfig, SARPipeline, VQVAEConfig, buil
 from models.pipeline import open_pipeline
 from tests.conftest import ALONE, config_of, fill
 from train import build
-from utils.weights import load_flexvar, load_strictly, load_tokenizer
+from train_tokenizer import build as build_tokenizer
+from utils.config_tokenizer import TokenizerTrainConfig
+from utils.flags import parse
+from utils.weights import digest_of, load_flexvar, load_strictly, load_tokenizer
 
 
 def containers(weights, tmp_path):
@@ -209,3 +212,28 @@ def test_other_archives_and_objects_are_named(model, tmp_path):
     torch.save({"model": model.state_dict(), "config": Other()}, tmp_path / "object.pth")
     with pytest.raises(ValueError, match=r"object of tests\.test_weights\.Other.*save its state dict alone"):
         load_flexvar(tmp_path / "object.pth")
+
+
+def test_a_tokenizer_run_gives_its_moving_average_and_says_so(tiny_run, capsys):
+    run, trainer = tiny_run
+    found = load_tokenizer(run)
+    said = capsys.readouterr().err
+    assert "moving average" in said
+    assert "step_0000002/model.safetensors" in said  # where the weights themselves are
+    for name, tensor in trainer.averaged.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+    plain = load_tokenizer(run / "checkpoints/step_0000002/model.safetensors")
+    assert capsys.readouterr().err == ""
+    assert digest_of(plain) == digest_of(trainer.model) != digest_of(found)
+    assert digest_of(load_tokenizer(run / "checkpoints/step_0000002")) == digest_of(found)
+
+
+@pytest.fixture
+def tiny_run(tmp_path):
+    """A tokenizer's run of two steps with a moving average."""
+    flags = ["--dataset=digits", "--workers=0", "--image_size=16", "--pn=1_2_4", "--base_width=32", "--bs=4"]
+    flags += ["--codebook_size=32", "--width_mult", "1", "1", "1", "--res_blocks=1", "--z_channels=32", "--ema=0.5"]
+    flags += ["--codebook_dim=8", "--lr=1e-2", "--steps=2", "--eval_images=0", "--vis_num_samples=0"]
+    trainer = build_tokenizer(parse(TokenizerTrainConfig, [*flags, f"--out_dir={tmp_path / 'run'}"]), ALONE)
+    trainer.fit()
+    return tmp_path / "run", trainer

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -25,6 +26,7 @@ def entry(main: Callable[[], None]) -> Callable[[], None]:
     @functools.wraps(main)
     def guarded() -> None:
         make_output_safe()
+        warnings.formatwarning = warning_line
         try:
             return main()
         except KeyboardInterrupt:
@@ -41,6 +43,12 @@ def entry(main: Callable[[], None]) -> Callable[[], None]:
             raise SystemExit(1) from None
 
     return guarded
+
+
+def warning_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line=None) -> str:
+    """A warning of this project as one line; others with the place they come from."""
+    own = category is UserWarning and Path(filename).resolve().is_relative_to(Path(__file__).resolve().parents[1])
+    return f"warning: {message}\n" if own else f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def is_users(error: Exception) -> bool:

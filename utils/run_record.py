@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,18 @@ class RunRecord:
             ROOT / typed if typed else None,
         ]
         return next((os.path.normpath(place) for place in places if place and Path(place).exists()), typed)
+
+    def check_tokenizer(self, sha256: str, path: str, named: bool) -> None:
+        """Compares the tokenizer of a digest, read from `path`, with the one that the run was trained on.
+
+        Raises ValueError when it is another one; where `path` was named on purpose, that is a warning.
+        """
+        if self.tokenizer_sha256 in ("", sha256):
+            return
+        other = f"{path} is not the tokenizer that {self.directory} was trained on"
+        if not named:
+            raise ValueError(f"{other} (its SHA-256 is another): name that one by --vae_ckpt (it was {self.tokenizer})")
+        warnings.warn(f"{other}: its codes mean something else", stacklevel=3)
 
 
 def describe_tokenizer(path: str, sha256: str, directory: Path) -> dict[str, str]:

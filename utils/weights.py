@@ -15,8 +15,9 @@ from models.flexvar import FlexVAR, FlexVARConfig
 from models.hybrid import transformer_config
 from models.vqvae import VQVAE, VQVAEConfig
 from pretrained.download import FILES
-from utils.checkpoint import MANIFEST, MODEL, newest_checkpoint, verify
+from utils.checkpoint import EMA, MANIFEST, MODEL, newest_checkpoint, verify
 from utils.distributed import shared_like
+from utils.entry import notice
 from utils.files import read_tensors, save_tensors
 
 StateDict = dict[str, Tensor]
@@ -158,11 +159,23 @@ def count(weights: StateDict, pattern: str) -> int:
     return n
 
 
+def tokenizer_file(path: str | Path) -> Path:
+    """The file that a tokenizer is read from. Of a run's directory it is the moving average, where there is one."""
+    path = Path(path)
+    newest = path if (path / MANIFEST).is_file() else newest_checkpoint(path, MODEL) if path.is_dir() else None
+    if newest is None or not (newest / EMA).is_file():
+        return find_weights(path)
+    notice(f"tokenizer {path}: the moving average of its weights (the last weights are in {newest / MODEL})")
+    return find_weights(newest, EMA)
+
+
 def load_tokenizer(path: str | Path) -> VQVAE:
     """A tokenizer from a file or a tokenizer run's directory: frozen, in evaluation mode, sizes as in the file.
 
-    Its weights are laid out channels last, which convolutions are faster in.
+    Of a run with a moving average of its weights it is the average. Its weights are laid out channels last, which
+    convolutions are faster in.
     """
+    path = tokenizer_file(path)
     weights = read_state_dict(path)
     with torch.device("meta"):  # the weights come from the file: draw none
         vae = VQVAE(tokenizer_config(weights, path))

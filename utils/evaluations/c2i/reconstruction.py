@@ -51,9 +51,10 @@ class Reconstructed:
     def keep(self, indices: range, images: Tensor) -> None:
         """Write the quality (S, 3, n) and the codes (n, sum of s²) of a batch, while the device is at the next ones."""
         codes, made = self.waiting.pop(indices.start)
-        originals = self.source.batch(indices)
-        quality = [self.quality(images, originals) for images in made]
-        save_array(self.directory / f"quality_{indices.start:06d}.npy", torch.stack(quality).numpy())
+        device = self.vae.codebook.device
+        originals = self.source.batch(indices).to(device)
+        quality = torch.stack([self.quality(images.to(device), originals) for images in made])
+        save_array(self.directory / f"quality_{indices.start:06d}.npy", quality.cpu().numpy())
         save_array(self.directory / f"codes_{indices.start:06d}.npy", torch.cat(codes, 1).to(torch.int32).numpy())
 
     @torch.no_grad()
@@ -72,9 +73,13 @@ class Reconstructed:
         SSIM is NaN where its window is too large.
         """
         targets = resize_to(originals.float(), images.shape[-1])
-        similar = ssim(targets, images) if images.shape[-1] >= WINDOW else torch.full((len(images),), torch.nan)
+        similar = (
+            ssim(targets, images)
+            if images.shape[-1] >= WINDOW
+            else images.new_full((len(images),), torch.nan, dtype=torch.double)
+        )
         enlarged = F.interpolate(images.float(), originals.shape[-2:], mode="bilinear")
-        return torch.stack([psnr(targets, images), similar.double(), psnr(originals, enlarged)])
+        return torch.stack([psnr(targets, images), similar, psnr(originals, enlarged)])
 
 
 def sides_of(config: EvalConfig, path: str, finest: int) -> tuple[int, ...]:
