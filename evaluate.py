@@ -170,6 +170,9 @@ def prepare(config: EvalConfig, me: Ranks) -> SARPipeline | None:
     elif not config.samples:
         pipeline = open_pipeline(config.ckpt, config.vae_ckpt, config.pn, config.use_ema).to(me.device)
         config.check_model(pipeline.model.fills_first_side)
+        depth = pipeline.model.config.depth
+        if config.depth not in (0, depth):
+            raise ValueError(f"{config.ckpt} has {depth} transformer blocks, not --depth {config.depth}")
         source = Generated(pipeline, config, *config.settings()[0])
         if greedy := pipeline.greedy_sides(source.draw):
             notice(greedy)

@@ -13,7 +13,7 @@ from utils.config import TrainConfig
 from utils.config_sampling import EvalConfig, SampleConfig
 from utils.config_tokenizer import TokenizerTrainConfig
 from utils.data import StepSampler
-from utils.flags import RETIRED, parse, translate
+from utils.flags import RETIRED, SYNONYMS, Parser, parse, translate
 
 
 def test_released_names_and_both_spellings():
@@ -119,11 +119,54 @@ def test_a_wrong_flag_exits_with_2_and_is_named(kind, flags, named, capsys):
     assert named in capsys.readouterr().err
 
 
+SUGGESTED = [
+    (TrainConfig, "--learning_rate", "did you mean --lr?"),
+    (TrainConfig, "--batch_size", "did you mean --bs?"),
+    (TrainConfig, "--output_path", "did you mean --out_dir?"),
+    (TrainConfig, "--var_ckpt", "did you mean --init_ckpt?"),
+    (TrainConfig, "--infer_patch_nums", "did you mean --pn?"),
+    (TrainConfig, "--csf_wieght", "did you mean --csf_weight?"),
+    (TrainConfig, "--datapath", "did you mean --data_path?"),
+    (SampleConfig, "--output_path", "did you mean --out?"),
+    (SampleConfig, "--batch_size", "did you mean --batch?"),
+    (SampleConfig, "--guidance_scale", "did you mean --cfg?"),
+    (EvalConfig, "--learning_rate", "--learning_rate is no flag here (--help"),  # nothing here means that
+    (TrainConfig, "--xyzzy", "--xyzzy is no flag here (--help"),
+]
+
+
+@pytest.mark.parametrize(("kind", "flag", "said"), SUGGESTED)
+def test_an_unknown_flag_suggests_ours(kind, flag, said, capsys):
+    for words in ([flag, "1"], [f"{flag}=1"]):
+        with pytest.raises(SystemExit):
+            parse(kind, words)
+        (line,) = capsys.readouterr().err.splitlines()  # one line, no usage
+        assert said in line
+
+
+def test_every_suggestion_is_a_flag_of_ours():
+    known = set()
+    for kind in (TrainConfig, TokenizerTrainConfig, SampleConfig, EvalConfig, CacheFlags):
+        parser = Parser()
+        parser.add_arguments(kind, dest="config")
+        parser.parse_known_args([])  # dataclasses become flags here
+        known |= set(parser._option_string_actions)
+    assert {name for names in SYNONYMS.values() for name in names} <= known
+    assert not set(RETIRED) & known
+
+
+def test_released_evaluation_flags_are_ours():
+    released = ["--var_ckpt=a.pth", "--batch_size=4", "--output_path=o", "--infer_patch_nums=1_2_3", "--maxpn=8"]
+    found = parse(EvalConfig, [*released, "--depth=16"])
+    assert found == parse(
+        EvalConfig, ["--ckpt=a.pth", "--batch=4", "--out_dir=o", "--pn=1_2_3", "--max_pn=8", "--depth=16"]
+    )
+
+
 def test_tblr_says_that_lr_is_not_scaled(capsys):
     with pytest.raises(SystemExit):
         parse(TrainConfig, ["--tblr=1e-4"])
-    assert "not" in (err := capsys.readouterr().err)
-    assert "--lr" in err
+    assert "--lr TBLR·BS/256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("spelling", [["--wandb_api_key", "s3cret"], ["--wandb_api_key=s3cret"]])

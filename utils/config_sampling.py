@@ -30,7 +30,7 @@ class Repeated(argparse.Action):
 class DrawConfig(Flags):
     """Model and sampling"""
 
-    ckpt: str = "pretrained/SARd16-epo179.pth"
+    ckpt: str = alias("pretrained/SARd16-epo179.pth", "--var_ckpt")
     """transformer: a weight file, a run's directory, a pipeline's directory, or a Hub repository"""
     vae_ckpt: str = ""  # tokenizer; empty: the one that CKPT brings along, or pretrained/FlexVAE.pth
     use_ema: bool = False  # a run's moving average instead of its weights
@@ -42,7 +42,8 @@ class DrawConfig(Flags):
     """sides above it, and those that released models were not tuned for, are taken greedily; 0: 16 for released weights
     (files that belong to no run), no such rule for others"""
     fill_steps: int = 8  # hybrid models: steps in which the first side is filled
-    pn: str = ""  # scales, like 1_2_3_4; empty: those that CKPT brings along, or the default ten
+    pn: str = alias("", "--infer_patch_nums")
+    """scales, like 1_2_3_4; empty: those that CKPT brings along, or the default ten"""
     seed: int = 0  # of every image (and, in evaluation, of the class order)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
 
@@ -107,7 +108,9 @@ class EvalConfig(DrawConfig):
     num_samples: int = 50  # images of each class
     num_classes_eval: int = 0  # only the first so many classes; 0: all
     eval_scale: int = 0  # decode at this side instead of the finest, against real images at that resolution
-    batch: int = 0  # images at a time; 0: 64 on a GPU, 8 on a CPU. Part of what makes images repeatable to the bit
+    depth: int = 0  # refuse a CKPT with another number of transformer blocks; 0: any
+    batch: int = alias(0, "--batch_size")
+    """images at a time; 0: 64 on a GPU, 8 on a CPU. Part of what makes images repeatable to the bit"""
     sweep_cfg: str = ""  # guidance scales to go through, comma-separated
     sweep_top_k: str = ""  # top-k to go through
     sweep_top_p: str = ""  # top-p to go through
@@ -126,11 +129,22 @@ class EvalConfig(DrawConfig):
     pr_fp16: bool = True  # precision and recall from fp16 distances, as the original evaluator computes them
     save_npz: bool = False  # the samples as an npz for the guided-diffusion evaluator
     save_png: bool = False  # the samples as PNG files
-    out_dir: str = "out/eval"  # reports, features, samples; a killed evaluation goes on from here
+    out_dir: str = alias("out/eval", "--output_path")
+    """reports, features, samples; a killed evaluation goes on from here"""
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, num_samples=1, num_classes_eval=0, eval_scale=0, batch=0, expect=0, image_size=0, split_size=1)
+        at_least(
+            self,
+            num_samples=1,
+            num_classes_eval=0,
+            eval_scale=0,
+            batch=0,
+            expect=0,
+            image_size=0,
+            split_size=1,
+            depth=0,
+        )
         modes = [name for name in ("samples", "reconstruct") if getattr(self, name)]
         if len(modes) > 1:
             raise ValueError("--samples and --reconstruct exclude each other")
@@ -148,7 +162,7 @@ class EvalConfig(DrawConfig):
             "fill_steps",
         ]
         sampling += ["sweep_top_k", "sweep_top_p", "eval_scale", "save_npz", "save_png"]
-        sampling += ["ckpt", "guidance", "precision"]
+        sampling += ["ckpt", "guidance", "precision", "depth"]
         only_with(self, not modes, f"sampling: leave --{modes[0] if modes else 'samples'} out", sampling)
         without(self, bool(self.samples), "--samples", ["vae_ckpt", "pn"])
         without(self, bool(self.reconstruct), "--reconstruct", ["reference", "reference_sha256"])

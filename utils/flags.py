@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import os
 import sys
@@ -77,7 +78,7 @@ def at_most(group: object, **bounds: float) -> None:
             raise ValueError(f"--{name} must be at most {bound}, got {getattr(group, name)}")
 
 
-# Released flags that mean nothing here, and what to use instead.
+# Released flags that are none here, and what to use instead.
 RETIRED = {
     "--tblr": "--lr is the peak learning rate as it stands: give --lr TBLR·BS/256 for the released scaling",
     "--tlr": "use --lr, the peak learning rate",
@@ -95,6 +96,51 @@ RETIRED = {
     "--saln": "there is no counterpart: no released model shares adaLN",
     "--anorm": "there is no counterpart: queries and keys are always L2-normalised, as in released models",
 }
+# What others call our flags, released code among them: the first of ours that an entry has is suggested.
+SYNONYMS = {
+    "--var_ckpt": ("--ckpt", "--init_ckpt"),
+    "--vqvae_ckpt": ("--vae_ckpt",),
+    "--checkpoint": ("--ckpt", "--init_ckpt"),
+    "--model_path": ("--ckpt", "--init_ckpt"),
+    "--resume": ("--out_dir",),
+    "--pretrained": ("--init_ckpt", "--ckpt"),
+    "--batch_size": ("--bs", "--batch"),
+    "--output_path": ("--out_dir", "--out"),
+    "--output_dir": ("--out_dir", "--out"),
+    "--output": ("--out_dir", "--out"),
+    "--infer_patch_nums": ("--pn",),
+    "--patch_nums": ("--pn",),
+    "--scales": ("--pn",),
+    "--learning_rate": ("--lr",),
+    "--weight_decay": ("--twd",),
+    "--grad_clip": ("--tclip",),
+    "--clip_grad": ("--tclip",),
+    "--warmup": ("--wp",),
+    "--warmup_epochs": ("--wp",),
+    "--epochs": ("--ep",),
+    "--num_epochs": ("--ep",),
+    "--num_workers": ("--workers",),
+    "--data": ("--data_path",),
+    "--data_dir": ("--data_path",),
+    "--gamma": ("--csf_weight",),
+    "--guidance_scale": ("--cfg",),
+    "--cfg_scale": ("--cfg",),
+    "--num_images": ("--num_samples", "--n"),
+    "--resolution": ("--image_size", "--pn"),
+    "--mixed_precision": ("--precision",),
+}
+
+
+def instead_of(flag: str, known: Sequence[str]) -> str:
+    """What to say of an unknown flag beside that: what to use, or the nearest of the known ones."""
+    if flag in RETIRED:
+        return f": {RETIRED[flag]}"
+    ours = [name for name in SYNONYMS.get(flag, ()) if name in known][:1]
+    words = [name for name in known if name.startswith("--")]
+    near = ours or difflib.get_close_matches(flag, words, n=1, cutoff=0.7)
+    return f": did you mean {near[0]}?" if near else ""
+
+
 FP16 = {"0": "fp32", "1": "fp16", "2": "bf16"}
 
 
@@ -106,12 +152,9 @@ def translate(argv: Sequence[str]) -> list[str]:
         words += [name, value] if "=" in word and name in ("--fp16", "--wandb_api_key") else [word]
     out, rest = [], iter(words)
     for word in rest:
-        name = word.partition("=")[0]
-        if name in RETIRED:
-            raise ValueError(f"{name} is not a flag here: {RETIRED[name]}")
-        if name == "--wandb_api_key":
+        if word == "--wandb_api_key":
             os.environ["WANDB_API_KEY"] = next(rest, "")
-        elif name == "--fp16":
+        elif word == "--fp16":
             value = next(rest, "")
             if value not in FP16:
                 raise ValueError(f"--fp16 takes 0, 1 or 2, got {value!r}; or use --precision fp32|fp16|bf16")
@@ -168,9 +211,10 @@ class Parser(simple_parsing.ArgumentParser):
 
     def error(self, message: str):
         flags = [word.partition("=")[0] for word in self.words if word.startswith("--") and word != "--"]
-        unknown = [flag for flag in flags if flag not in self._option_string_actions]
+        unknown = [flag for flag in dict.fromkeys(flags) if flag not in self._option_string_actions]
         if unknown:  # before anything that may follow from it
-            message = f"unrecognized arguments: {' '.join(unknown)}"
+            hints = [f"{flag} is no flag here{instead_of(flag, list(self._option_string_actions))}" for flag in unknown]
+            message = "; ".join(hints)
         self.exit(2, f"error: {message} (--help lists the flags)\n")
 
 
