@@ -5,7 +5,8 @@ bash scripts/eval_SAR_d16.sh
 
 from __future__ import annotations
 
-import os
+import utils.threads  # noqa: F401  # isort: skip
+
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -32,6 +33,7 @@ from utils.files import read_json, save_array, write_json
 from utils.flags import parse
 from utils.log import versions
 from utils.optim import Precision, derive_seed
+from utils.process import cores
 from utils.weights import digest_of, find_weights
 
 
@@ -221,7 +223,7 @@ def main() -> None:
     with ranks() as me:
         if me.device.type == "cpu":
             # Convolutions differ in the last digits with the number of threads: the same one, however many ranks.
-            torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+            torch.set_num_threads(cores())
         run(config, me)
 
 

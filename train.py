@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import utils.threads  # noqa: F401  # isort: skip
+
 import warnings
 from dataclasses import replace
 from itertools import zip_longest

@@ -66,7 +66,7 @@ def launch(command: list[str], processes: int = 0) -> float:
     processes = processes or torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     threads = max(1, (os.cpu_count() or 1) // max(2, processes))  # two runs at a time may share a machine
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    env = {"OMP_WAIT_POLICY": "passive", **os.environ, "OMP_NUM_THREADS": str(threads)}
     began = time.perf_counter()
     subprocess.run([sys.executable, *(launcher if processes > 1 else []), *command], check=True, env=env)
     return time.perf_counter() - began

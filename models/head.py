@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 ROWS_AT_ONCE = 2048  # rows of logits that exist at a time
 
@@ -90,6 +91,7 @@ class HeadLosses(torch.autograd.Function):
         return losses.mean(), losses, hits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_mean: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         d_features, d_weight, d_bias = ctx.saved_tensors
         scale = d_mean / d_features.shape[:2].numel()

@@ -56,13 +56,21 @@ def find_class(name: str | int, names: Sequence[str]) -> int:
                 raise ValueError(f"several classes are named {text!r}: give the id, one of {ids}")
     if re.fullmatch(r"\s*[-+]?[0-9]+\s*", text):
         if not 0 <= int(text) < len(names):
-            raise ValueError(f"class id {text.strip()} is out of range: this model knows 0…{len(names) - 1}")
+            raise ValueError(
+                f"class id {text.strip()} is out of range: this model knows 0…{len(names) - 1}{some(names)}"
+            )
         return int(text)
     plain = {plain_name(known): known for known in names}
     near = difflib.get_close_matches(plain_name(text), plain, n=3, cutoff=0.5)
     near = near or [known for known in plain if plain_name(text) and plain_name(text) in known][:3]
-    hint = f"; did you mean {', '.join(plain[known] for known in near)}?" if near else ""
+    hint = f"; did you mean {', '.join(plain[known] for known in near)}?" if near else ": these are known" + some(names)
     raise ValueError(f"no class is named {text!r}{hint}")
+
+
+def some(names: Sequence[str], limit: int = 12) -> str:
+    """The first names of a list, in brackets, and how many there are."""
+    rest = f", … {len(names)} in all" if len(names) > limit else ""
+    return f" ({', '.join(names[:limit])}{rest})"
 
 
 def plain_name(name: str) -> str:

@@ -3,8 +3,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 [ -n "$PYTHON" ] || fail "no Python found: run bash scripts/setup.sh"
 "$PYTHON" -c 'import torch' 2>/dev/null || fail "$PYTHON has no PyTorch: run bash scripts/setup.sh"
-# On a CPU every rank computes with all cores, so that numbers do not depend on ranks: threads must not spin in wait.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 PROTOCOL=(
     --vae_ckpt pretrained/FlexVAE.pth
     --guidance ramp

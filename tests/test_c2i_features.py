@@ -1,10 +1,16 @@
+from urllib.error import URLError
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from tests.conftest import tool
 from utils.evaluations.c2i import features as module
+from utils.evaluations.c2i import reference
 from utils.evaluations.c2i.features import EfficientNetLite0, Inception, make_extractor
+from utils.evaluations.c2i.setup import main as set_up
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +111,42 @@ def test_efficientnet_knows_what_it_sees():
     assert torch.allclose(p.sum(1), torch.ones(2), atol=1e-5)
     assert p.argmax(1)[0] != p.argmax(1)[1]
     assert extractor.name == "efficientnet_lite0"
+
+
+def batch_file(path, **more):
+    """A small file like ImageNet's reference batch."""
+    sizes = {"mu": (5,), "sigma": (5, 5), "mu_s": (3,), "sigma_s": (3, 3)}
+    arrays = {name: np.zeros(shape) for name, shape in sizes.items()}
+    np.savez(path, arr_0=np.zeros((2, 8, 8, 3), dtype=np.uint8), **{**arrays, **more})
+    return path
+
+
+def test_what_evaluation_downloads_can_be_checked_ahead(plain, tmp_path):
+    files = ["--inception_weights", plain[1], "--reference", batch_file(tmp_path / "batch.npz")]
+    status, out, _ = tool(set_up, *files)
+    assert status == 0
+    assert "Inception: 23.9 M parameters" in out
+    assert "reference: 2 images of 8×8, statistics of 5, 3" in out
+    broken = bytearray((tmp_path / "batch.npz").read_bytes())
+    broken[400] ^= 1  # within arr_0
+    (tmp_path / "broken.npz").write_bytes(broken)
+    np.savez(tmp_path / "other.npz", arr_0=np.zeros((2, 8, 8, 3), dtype=np.uint8))
+    for name, said in (("broken", "damaged at arr_0.npy"), ("other", "is no reference batch"), ("none", "no file")):
+        status, out, err = tool(set_up, *files[:2], "--reference", tmp_path / f"{name}.npz")
+        assert (status, said in err) == (1, True), err
+        assert "Inception" in out  # the other one is checked all the same
+
+
+def test_offline_both_are_named_with_what_to_do(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise URLError("no net")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(reference, "IMAGENET", tmp_path / "batch.npz")
+    status, _, err = tool(set_up)
+    assert status == 1
+    (line,) = err.strip().splitlines()
+    assert "weights-inception-2015-12-05-6726825d.pth" in line
+    assert f"no {tmp_path / 'batch.npz'}" in line
+    assert "fetch it elsewhere" in line

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from utils import code_cache
 from utils.code_cache import CacheConfig, CacheFlags, CodeCache, build, open_cache
 from utils.config import DataConfig
 from utils.data import encode_batch, make_loader, open_dataset
+from utils.distributed import Ranks
 from utils.files import read_json, write_json
 
 
@@ -91,6 +93,38 @@ def test_two_ranks_write_the_same_files(cache, small_vae_file, tmp_path):
     for path in cache.rglob("*"):
         if path.is_file():
             assert path.read_bytes() == (tmp_path / "c" / path.relative_to(cache)).read_bytes(), path
+
+
+class Watched(Ranks):
+    """A rank that remembers what was dealt out."""
+
+    dealt: ClassVar[list] = []
+
+    def deal(self, work):
+        self.dealt.append(work)
+        return super().deal(work)
+
+
+def test_what_is_missing_of_a_half_built_cache_is_dealt_evenly(cache, small_vae_file, tmp_path):
+    """Not shard n to rank n mod 2: with every other shard there, one rank would have all the work."""
+    for split, names in (("train", "0 2"), ("val", "")):
+        for n in names.split():
+            for kind in ("shard", "labels"):
+                (tmp_path / "c" / split).mkdir(parents=True, exist_ok=True)
+                shutil.copy(cache / split / f"{kind}_0000{n}.npy", tmp_path / "c" / split)
+    Watched.dealt.clear()
+    build(flags_of(small_vae_file, tmp_path / "c"), Watched(0, 1, torch.device("cpu")))
+    assert Watched.dealt == [[1], [0]]  # of training, and of what is held out
+    assert (tmp_path / "c/manifest.json").read_bytes() == (cache / "manifest.json").read_bytes()
+
+    class Apart(Ranks):
+        def wait(self):
+            """These ranks are no processes."""
+
+    for world in (2, 3):
+        shares = [Apart(rank, world, torch.device("cpu")).deal([1, 3, 5, 7, 9]) for rank in range(world)]
+        assert sorted(n for share in shares for n in share) == [1, 3, 5, 7, 9]
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_a_killed_build_goes_on_and_ends_the_same(cache, small_vae_file, tmp_path):

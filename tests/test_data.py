@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from models.scales import ScaleSchedule
+from utils import data
 from utils.config import DataConfig
 from utils.data import (
     StepSampler,
@@ -15,6 +16,7 @@ from utils.data import (
     check_dataset,
     digits,
     encode_batch,
+    loader_workers,
     make_loader,
     open_dataset,
 )
@@ -51,6 +53,25 @@ def test_each_epoch_shows_each_image_once():
 
 def test_a_later_start_goes_on_where_the_order_was():
     assert keys(1, 2, start=6) == keys(1, 2)[6 * 2 :]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cores", "ranks", "found"),
+    [
+        (-1, 2, "", 1),
+        (-1, 2, "2", 0),
+        (-1, 1, "1", 0),
+        (-1, 96, "8", 8),
+        (-1, 16, "8", 1),
+        (8, 2, "", 8),
+        (0, 96, "", 0),
+    ],
+)
+def test_loader_workers_are_no_more_than_there_are_cores_for(wanted, cores, ranks, found, monkeypatch):
+    monkeypatch.setattr(data, "cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert loader_workers(wanted) == found
+    assert DataConfig().workers == -1
 
 
 def test_wrong_batch_is_named():

@@ -21,7 +21,7 @@ from utils.entry import check_output_directory, check_output_file, entry, make_o
 # Every entry; a new one goes here, too.
 ENTRIES = [
     *("train", "train_tokenizer", "sample", "evaluate", "pretrained.download", "models.pipeline"),
-    *("utils.code_cache", "utils.data", "utils.checkpoint", "utils.visualize"),
+    *("utils.code_cache", "utils.data", "utils.checkpoint", "utils.visualize", "utils.evaluations.c2i.setup"),
     *("experiments.quickstart", "experiments.study_cifar10", "experiments.study_digits", "experiments.study_hybrid"),
     "experiments.report_cifar10",
     *("benchmarks.attention", "benchmarks.data", "benchmarks.sample", "benchmarks.train_step"),

@@ -101,3 +101,12 @@ def test_half_precision_keeps_losses_in_fp32():
     gradient, d_features = torch.autograd.grad(mean, [head.weight, features])
     assert gradient.dtype == d_features.dtype == torch.float32
     assert worst(gradient, exact_gradient) < 0.03
+
+
+def test_a_second_derivative_is_refused():
+    """The gradient is made in the forward, so there is nothing to differentiate it by: not zero, but an error."""
+    features, head, tokens = make()
+    mean, _, _ = head_losses(features, head, tokens)
+    (gradient,) = torch.autograd.grad(mean, features, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from models.pipeline import from_pil
-from tests.conftest import tool
+from models.pipeline import from_pil, open_pipeline
+from tests.conftest import ALONE, config_of, tool
+from train import build
 from utils.config import DataConfig
-from utils.data import main, open_dataset
+from utils.data import check_dataset, main, open_dataset
 from utils.evaluations.c2i.images import FolderImages, fingerprint
 from utils.image_files import BadImage, ClassFolders, image_size, read_image, read_mask, upright_rgb, walk_images
 
@@ -81,6 +82,27 @@ def test_folders_that_hold_no_data_set_are_named(tmp_path):
         ClassFolders(tmp_path / "none")
     with pytest.raises(ValueError, match="absent"):
         ClassFolders(tmp_path / "absent")
+
+
+def test_images_without_classes_are_told_where_to_lie(tmp_path, flags):
+    """DIR/*.png and DIR/train/*.png: the place is named, and images that lie there are one class to train on."""
+    config = DataConfig(data_path=str(tmp_path / "data"))
+    paint(tmp_path / "data/x.png")
+    with pytest.raises(ValueError, match=f"move them to {tmp_path / 'data/train/all'}/, one class"):
+        check_dataset(config)
+    paint(tmp_path / "data/train/y.png")
+    with pytest.raises(ValueError, match=f"holds no class folders.*move them to {tmp_path / 'data/train/all'}/"):
+        check_dataset(config)
+    with pytest.raises(ValueError, match="one class"):
+        ClassFolders(tmp_path / "data/train")
+    for i in range(3):
+        paint(tmp_path / f"data/train/all/{i}.png")
+    (tmp_path / "data/train/y.png").unlink()
+    few = [f for f in flags if not f.startswith("--dataset")]
+    trainer = build(config_of(few, f"--data_path={tmp_path / 'data'}", "--max_steps=1"), ALONE)
+    trainer.fit()
+    assert trainer.model.config.num_classes == 1
+    assert open_pipeline(str(tmp_path / "run"))("all", n=1)[0].size == (16, 16)
 
 
 def test_names_that_are_no_utf8(tmp_path):

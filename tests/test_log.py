@@ -70,6 +70,7 @@ def test_wandb_runs_offline_and_stores_no_key(flags, tmp_path):
 def test_progress_reports_rate_and_remaining_time(capsys):
     progress = Progress("run", 4, 0, ALONE)
     progress.advance(8)
+    assert "run 1/4, the first step took 0.0 s" in capsys.readouterr().err
     assert progress.rate() > 0
     progress.show({"loss": 1.5})
     assert "run 1/4 ETA" in (err := capsys.readouterr().err)

@@ -48,7 +48,12 @@ def test_classes_are_found_by_name_or_id(name, wanted):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("golden retreiver", "did you mean golden retriever"), ("1000", "1000 is out of range"), ("-1", "out of range")],
+    [
+        ("golden retreiver", "did you mean golden retriever"),
+        ("xyzzy", r"these are known \(tench, goldfish, .*1000 in all"),
+        ("1000", "1000 is out of range"),
+        ("-1", r"out of range: this model knows 0…999 \(tench"),
+    ],
 )
 def test_unknown_classes_suggest_the_nearest(name, message):
     with pytest.raises(ValueError, match=message):

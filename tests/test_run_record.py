@@ -13,6 +13,7 @@ from models.pipeline import main as convert
 from sample import main as sample
 from tests.conftest import ALONE, config_of, tool
 from train import build, check
+from utils.checkpoint import main as checkpoint
 from utils.files import read_json, write_json
 from utils.run_record import find_run
 from utils.visualize import main as visualize
@@ -219,3 +220,14 @@ def test_find_run_takes_only_ours(a_run, tmp_path):
     for text in ("[]", "{", '{"model": "x"}', '{"model": {"pn": 3}}', '{"transformer": {}}'):
         (tmp_path / "config.json").write_text(text)
         assert find_run(tmp_path / "weights.pth") is None
+
+
+def test_a_folder_of_runs_names_them(a_run, tmp_path):
+    """`--ckpt out/quickstart` where out/quickstart/sar was meant."""
+    (tmp_path / "more").mkdir()
+    shutil.copytree(tmp_path / "run", tmp_path / "more/second")
+    out = ["--classes=cat", "--out", tmp_path / "o.png"]
+    for main, flags in [(sample, ["--ckpt", tmp_path, *out]), (checkpoint, ["list", tmp_path])]:
+        status, _, err = tool(main, *flags)
+        assert status == 1
+        assert f"the runs below it are {tmp_path / 'more/second'}, {tmp_path / 'run'}" in err

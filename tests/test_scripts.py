@@ -189,3 +189,25 @@ def test_slurm_queues_a_stopped_run_again(training, requeued, tmp_path):
     assert ("saved" in rest) == requeued
     assert ("--signal=TERM 7" in (tmp_path / "calls").read_text()) == requeued
     assert ("requeue 7" in (tmp_path / "calls").read_text()) == requeued
+
+
+@pytest.mark.parametrize("program", ["train", "train_tokenizer", "evaluate"])
+def test_threads_that_wait_do_not_spin(program):
+    """OpenMP reads its environment when torch is imported: it must be set before, unless the user has set it."""
+    code = f"import os, sys\nsys.modules['torch'] = None\ntry: import {program}\nexcept ImportError: pass\n"
+    code += "print(os.environ['OMP_WAIT_POLICY'])"
+    for given, found in (("", "passive"), ("active", "active")):
+        env = {"OMP_WAIT_POLICY": given} if given else {}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("OMP_WAIT_POLICY", raising=False)
+            assert run(sys.executable, "-c", code, **env).stdout.strip() == found
+
+
+def test_launched_runs_have_threads_that_do_not_spin(tmp_path):
+    shown = tmp_path / "python"
+    shown.write_text('#!/usr/bin/env bash\necho "policy ${OMP_WAIT_POLICY:-none}"\n')
+    shown.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OMP_WAIT_POLICY", raising=False)
+        said = run("bash", "scripts/train_SAR_d16.sh", PYTHON=str(shown), NPROC="1").stdout
+    assert said.splitlines()[-1] == "policy passive"

@@ -95,6 +95,12 @@ def newest_checkpoint(directory: str | Path, *names: str) -> Path | None:
     return None
 
 
+def runs_below(directory: str | Path) -> str:
+    """What to say of a directory that is no run: the runs in its folders, if there are any."""
+    found = {p.parent.parent for depth in ("*", "*/*") for p in Path(directory).glob(f"{depth}/checkpoints/step_*")}
+    return f"; the runs below it are {', '.join(sorted(map(str, found)))}" if found else ""
+
+
 def last_facts(directory: str | Path) -> dict:
     """What the newest readable manifest of a run says of its data and model; empty when it has no checkpoint."""
     for path in reversed(checkpoints(directory)):
@@ -263,12 +269,12 @@ def main() -> None:
         name = EMA if args.ema else MODEL
         newest = newest_checkpoint(args.directory, name)
         if newest is None:
-            raise ValueError(f"{args.directory} holds no checkpoint")
+            raise ValueError(f"{args.directory} holds no checkpoint{runs_below(args.directory)}")
         export(read_tensors(newest / name), check_output_file(args.out))
         return print(f"wrote {args.out} from {newest}")
     found = [describe(path) for path in checkpoints(args.directory)]
     if not found:
-        raise ValueError(f"{args.directory} holds no checkpoint")
+        raise ValueError(f"{args.directory} holds no checkpoint{runs_below(args.directory)}")
     print("\n".join(line for line, _ in found))
     if args.command == "verify" and not all(whole for _, whole in found):
         raise SystemExit(1)

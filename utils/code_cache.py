@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +24,8 @@ from tqdm import tqdm
 
 from models.scales import ScaleSchedule
 from models.vqvae import VQVAE
-from utils.config import DataConfig
-from utils.data import CodeBatch, Key, Views, batches_of, encode_batch, open_splits
+from utils.config import DataConfig, check_timeout
+from utils.data import CodeBatch, Key, Views, batches_of, encode_batch, loader_workers, open_splits
 from utils.distributed import Ranks, ranks
 from utils.entry import check_output_directory, entry, refuse_inside
 from utils.files import (
@@ -58,11 +59,13 @@ class CacheConfig(Flags):
     supervision: Literal["latent", "image"] = "latent"  # see train.py
     batch: int = 32  # crops that are encoded at a time
     shard_images: int = 512  # images of a shard: what a kill loses at most
+    timeout_minutes: float = 30  # stop when a rank has not been heard of for so long
     verify: bool = False  # check every file of a finished cache against its SHA-256, then stop
 
     def __post_init__(self):
         super().__post_init__()
         at_least(self, image_size=0, crops=1, seed=0, batch=1, shard_images=1)
+        check_timeout(self)
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,8 @@ def encode_images(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes (images · crops, sum of s²) and labels (images,) of some images."""
     at_once = max(1, flags.cache.batch // crops)
-    loader = DataLoader(Crops(views, crops), batch_size=at_once, sampler=indices, num_workers=flags.data.workers)
+    workers = loader_workers(flags.data.workers)
+    loader = DataLoader(Crops(views, crops), batch_size=at_once, sampler=indices, num_workers=workers)
     rows, classes = [], []
     with batches_of(loader) as batches:
         for images, labels in batches:  # (n, crops, 3, size, size), (n,)
@@ -214,7 +218,7 @@ def build_split(views: Views, vae: VQVAE, sides: ScaleSchedule, flags: CacheFlag
         for start in range(0, len(views), config.shard_images)
     ]
     codes, labels = ([directory / f"{kind}_{n:05d}.npy" for n in range(len(shards))] for kind in ("shard", "labels"))
-    mine = [n for n in range(len(shards)) if n % me.world == me.rank and not codes[n].is_file()]
+    mine = me.deal([n for n in range(len(shards)) if not codes[n].is_file()])
     total = sum(len(shards[n]) for n in mine) * crops
     with tqdm(total=total, desc=f"{split_of(views)} codes", unit="crop", disable=not me.first) as progress:
         for n in mine:
@@ -309,7 +313,7 @@ def main() -> None:
     flags = parse(CacheFlags, description=__doc__, prog="python -m utils.code_cache")
     if not flags.cache.out:
         raise ValueError("--out is missing: where is the cache, or where should it be?")
-    with ranks() as me:
+    with ranks(timedelta(minutes=flags.cache.timeout_minutes)) as me:
         if flags.cache.verify:
             print(f"{verify(Path(flags.cache.out))} shards are as they were written")
         else:

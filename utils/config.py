@@ -21,14 +21,14 @@ class DataConfig(Flags):
     augment: Literal["crop", "flip"] = "crop"
     """how a folder's training images vary: ADM's random crop and a flip, or a flip alone (for small images, which the
     crop would enlarge)"""
-    workers: int = 8  # loader processes a rank
+    workers: int = -1  # loader processes a rank; -1: a core each that the node's ranks leave, up to 8
     on_bad_image: Literal["stop", "skip"] = "stop"
     """a file that is no usable image: stop and name it, or take the next good one and list it in a file"""
     bad_image_limit: float = 0.001  # on_bad_image skip: stop when more than this share of the images is bad
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, workers=0, bad_image_limit=0)
+        at_least(self, workers=-1, bad_image_limit=0)
         only_with(self, self.dataset == "folder", "--dataset folder", ["on_bad_image", "augment"])
         only_with(self, self.on_bad_image == "skip", "--on_bad_image skip", ["bad_image_limit"])
         only_with(self, self.dataset != "digits", "a data set on disk", ["data_path"])
@@ -192,6 +192,13 @@ class LogConfig(Flags):
 YEAR = 366 * 24 * 60  # minutes
 
 
+def check_timeout(group: Flags) -> None:
+    """Raises ValueError unless --timeout_minutes is positive and at most a year."""
+    if group.timeout_minutes <= 0:
+        raise ValueError(f"--timeout_minutes must be positive, got {group.timeout_minutes}")
+    at_most(group, timeout_minutes=YEAR)
+
+
 @dataclass(frozen=True)
 class RunConfig(Flags):
     """Run"""
@@ -214,9 +221,8 @@ class RunConfig(Flags):
         super().__post_init__()
         at_least(self, seed=0, save_every_steps=0, save_every_minutes=0, keep=1, keep_every_epochs=0, max_skipped=0)
         only_with(self, self.on_nonfinite == "skip", "--on_nonfinite skip", ["max_skipped"])
-        if self.timeout_minutes <= 0:
-            raise ValueError(f"--timeout_minutes must be positive, got {self.timeout_minutes}")
-        at_most(self, timeout_minutes=YEAR, save_every_minutes=YEAR)
+        check_timeout(self)
+        at_most(self, save_every_minutes=YEAR)
 
     @property
     def directory(self) -> Path:

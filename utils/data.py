@@ -6,6 +6,7 @@ seed alone, so a run can stop anywhere and go on, on any number of ranks.
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,9 +30,9 @@ from models.vqvae import VQVAE
 from utils.config import DataConfig
 from utils.entry import entry, notice
 from utils.flags import Parser
-from utils.image_files import BadImage, ClassFolders, class_names_in, name_left_out, problem, walk_images
+from utils.image_files import BadImage, ClassFolders, class_names_in, flat_hint, name_left_out, problem, walk_images
 from utils.images import SkipBad, View, adm_crop, centre_crop, shift_and_rotate
-from utils.process import become_worker
+from utils.process import become_worker, cores
 
 Key = tuple[int, int]  # epoch, index
 
@@ -133,11 +134,12 @@ def check_dataset(config: DataConfig) -> None:
         return
     train = Path(config.data_path) / "train"
     if not train.is_dir():
-        raise ValueError(f"no directory {train}: --data_path must hold train/<class>/<image files>")
+        raise ValueError(f"no directory {train}{flat_hint(train.parent, train / 'all')}")
     classes = class_names_in(train)
-    if not classes or not walk_images(train / classes[0]).images:
-        first = train / classes[0] if classes else train
-        raise ValueError(f"no images in {first}: --data_path must hold train/<class>/<image files>")
+    if not classes:
+        raise ValueError(f"{train} holds no class folders{flat_hint(train, train / 'all')}")
+    if not walk_images(train / classes[0]).images:
+        raise ValueError(f"no images in {train / classes[0]}: --data_path must hold train/<class>/<image files>")
 
 
 def open_cifar10(folder: str, training: bool) -> tv_datasets.CIFAR10:
@@ -248,10 +250,18 @@ def accumulation(batch: int, micro_batch: int, world: int) -> int:
     return batch // (micro_batch * world)
 
 
+def loader_workers(wanted: int) -> int:
+    """Loader processes of a rank: as many as wanted, or for -1 the cores that the ranks of this node leave, up to 8."""
+    if wanted >= 0:
+        return wanted
+    return min(8, max(0, cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1) - 1))
+
+
 def make_loader(
     dataset: Dataset, sampler: Sampler | Sequence[list[Key]], workers: int, device: torch.device
 ) -> DataLoader:
-    """Batches (images or codes, labels) in the sampler's order."""
+    """Batches (images or codes, labels) in the sampler's order. For `workers` see `loader_workers`."""
+    workers = loader_workers(workers)
     return DataLoader(
         dataset,
         batch_sampler=sampler,

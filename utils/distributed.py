@@ -36,10 +36,6 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean of a tensor over the ranks, on every rank."""
-        return self.sum(values) / self.world
-
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over the ranks, on every rank."""
         if self.world > 1:
@@ -60,6 +56,12 @@ class Ranks:
         if self.world > 1:
             dist.all_gather_object(things, thing)
         return things
+
+    def deal(self, work: Sequence[int]) -> Sequence[int]:
+        """This rank's share of what is to be done, as even as can be. No rank begins before all have listed the same
+        work."""
+        self.wait()
+        return work[self.rank :: self.world]
 
     def wait(self) -> None:
         """Until every rank is here."""

@@ -164,7 +164,7 @@ class ClassFolders:
             self.others += tree.others
             empty += [] if tree.images else [name]
         if not self.classes:
-            raise ValueError(f"{folder} holds no class folders: it must be {folder}/<class>/<image files>")
+            raise ValueError(f"{folder} holds no class folders{flat_hint(folder, Path(folder) / 'all')}")
         if empty:
             raise ValueError(f"{folder} holds no images of the class{'es' * (len(empty) > 1)} {', '.join(empty[:5])}")
 
@@ -174,6 +174,17 @@ class ClassFolders:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
         return read_image(path), label
+
+
+def flat_hint(folder: str | Path, place: Path) -> str:
+    """What to say of a folder without class folders: images that lie in it make one class, in `place`."""
+    folder = Path(folder)
+    flat = folder.is_dir() and any(
+        suffix_of(found.name) in IMG_EXTENSIONS for found in os.scandir(folder) if found.is_file()
+    )
+    if flat:
+        return f": for images without classes, move them to {place}/, one class"
+    return f": it must be {place.parent}/<class>/<image files>"
 
 
 def check_name(path: str) -> None:

@@ -244,6 +244,9 @@ class Progress:
         self.step += 1
         self.images += images
         self.bar.update()
+        if not self.terminal and self.step == self.start + 1:  # long before there are means to show
+            seconds = time.perf_counter() - self.began
+            self.say(f"{self.name} {self.step}/{self.total}, the first step took {seconds:.1f} s")
 
     def rate(self) -> float:
         """Images a second since the last call."""

@@ -49,6 +49,11 @@ class StopRequest:
             os.write(2, b"\ninterrupted: saves at the end of this step, then stops; again to end at once\n")
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def die_with_parent() -> None:
     """Have the system kill this process when the one that started it is gone (Linux)."""
     if sys.platform == "linux":

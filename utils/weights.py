@@ -15,7 +15,7 @@ from models.flexvar import FlexVAR, FlexVARConfig
 from models.hybrid import transformer_config
 from models.vqvae import VQVAE, VQVAEConfig
 from pretrained.download import FILES
-from utils.checkpoint import EMA, MANIFEST, MODEL, newest_checkpoint, verify
+from utils.checkpoint import EMA, MANIFEST, MODEL, newest_checkpoint, runs_below, verify
 from utils.distributed import shared_like
 from utils.entry import notice
 from utils.files import read_tensors, save_tensors
@@ -36,7 +36,7 @@ def find_weights(path: str | Path, name: str = MODEL) -> Path:
             verify(path, name)
         found = (newest_checkpoint(path, name) or path) / name
         if not found.is_file():
-            raise ValueError(f"{path} holds no {name}")
+            raise ValueError(f"{path} holds no {name}{runs_below(path)}")
         return found
     if not path.is_file():
         fetch = f": python pretrained/download.py {path.name} fetches it" if path.name in FILES else ""

@@ -56,8 +56,7 @@ class FeatureStore:
     def fill(self, source: ImageSource, extractor: Extractor, name: str, keep: Keep | None = None) -> int:
         """Compute what is missing, shared out among the ranks. Returns how many images that were, over all ranks."""
         missing = self.missing()
-        self.ranks.wait()  # every rank has listed the same chunks
-        mine = missing[self.ranks.rank :: self.ranks.world]
+        mine = self.ranks.deal(missing)
         device = self.ranks.device
         bar = tqdm(total=sum(len(self.indices(c)) for c in mine), desc=name, unit="image", disable=not self.ranks.first)
         with ThreadPoolExecutor(2) as pool:  # files are written while the device goes on
