@@ -27,7 +27,7 @@ from utils.evaluations.c2i.features import Extractor, make_extractor
 from utils.evaluations.c2i.images import Resized, describe_images, open_images, write_npz
 from utils.evaluations.c2i.reconstruction import evaluate_reconstructions
 from utils.evaluations.c2i.reference import IMAGENET, Reference, load_reference, save_reference
-from utils.evaluations.c2i.report import score, write_report, write_sweep
+from utils.evaluations.c2i.report import compare, score, write_report, write_sweep
 from utils.evaluations.c2i.store import FeatureStore, chunk_size
 from utils.files import read_json, save_array, write_json
 from utils.flags import parse
@@ -220,6 +220,8 @@ def run(config: EvalConfig, me: Ranks) -> None:
 @entry
 def main() -> None:
     config = parse(EvalConfig, description=__doc__)
+    if config.compare:
+        return print(compare(config.compare))
     with ranks() as me:
         if me.device.type == "cpu":
             # Convolutions differ in the last digits with the number of threads: the same one, however many ranks.

@@ -23,6 +23,7 @@ from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
 from models import Guidance, ScaleSchedule, generate
+from models.pipeline import to_pil
 from utils.config import DataConfig
 from utils.data import open_dataset
 from utils.entry import check_output_directory, entry
@@ -30,7 +31,7 @@ from utils.evaluations.c2i import Statistics, frechet_distance
 from utils.files import write_json
 from utils.flags import Parser, whole
 from utils.optim import derive_seed
-from utils.pictures import grid, plot_curves, read_metrics, save_picture
+from utils.pictures import captioned_grid, grid, plot_curves, read_metrics
 from utils.tokenizer_loss import resize_to
 from utils.weights import load_flexvar, load_tokenizer
 
@@ -40,6 +41,9 @@ PER_CLASS = 50
 GUIDANCE = Guidance("ramp", 0.5)
 TOP_K, TOP_P = 0, 0.0
 SEED = 0
+SHOWN = 8  # samples of each class in the picture
+# Standard deviation of the Fréchet distance over the seeds of a continuation: of docs/study_digits.md.
+SPREAD = 1.0
 
 DATA = ["--dataset=digits", "--workers=0"]
 TOKENIZER = [f"--image_size={SIZE}", f"--pn={SIDES}", "--base_width=32", "--width_mult", "1", "1", "2"]
@@ -59,6 +63,11 @@ ROWS = {
     "flexvar_continued": "FlexVAR, trained on",
     "sar": "SAR",
 }
+
+
+def kind_of(model: str) -> str:
+    """What --model is called in a report."""
+    return "hybrid model" if model == "hybrid" else "FlexVAR"
 
 
 def launch(command: list[str], processes: int = 0) -> float:
@@ -136,7 +145,7 @@ def sample(directory: Path, vae: torch.nn.Module, labels: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def evaluate(runs: dict[str, Path], out: Path) -> dict[str, dict[str, float]]:
+def evaluate(runs: dict[str, Path], kind: str, out: Path) -> dict[str, dict[str, float]]:
     """Scores of real digits, reconstructions and samples; samples.png on the way."""
     judge, vae = Judge(), load_tokenizer(runs["tokenizer"])
     # Held-out digits, shifted and turned as the training digits are: that is what the models imitate.
@@ -150,11 +159,16 @@ def evaluate(runs: dict[str, Path], out: Path) -> dict[str, dict[str, float]]:
     samples = {name: sample(runs[name], vae, labels) for name in ("flexvar", "flexvar_continued", "sar")}
     scores = {"real": judge.score(real, real_labels), "reconstruction": judge.score(reconstruction, real_labels)}
     scores |= {name: judge.score(images, labels.numpy()) for name, images in samples.items()}
-    shown = 8
-    halves = [samples[n].view(10, PER_CLASS, 3, SIZE, SIZE)[:, :shown] for n in ("flexvar", "sar")]
-    gap = torch.ones(10, 1, 3, SIZE, SIZE)
-    save_picture(grid(torch.cat([halves[0], gap, halves[1]], 1).flatten(0, 1), 2 * shown + 1), out / "samples.png")
+    draw_samples(samples, kind, out)
     return scores
+
+
+def draw_samples(samples: dict[str, Tensor], kind: str, out: Path) -> None:
+    """A titled block a model, a row a class, in samples.png: equal places are equal seeds."""
+    blocks = [part.view(10, PER_CLASS, 3, SIZE, SIZE)[:, :SHOWN].flatten(0, 1) for part in samples.values()]
+    pictures = [to_pil(grid(block, SHOWN)[None] * 2 - 1)[0] for block in blocks]
+    titles = [title_of(name, kind) for name in samples]
+    captioned_grid(pictures, titles, columns=len(pictures), cell=max(pictures[0].size)).save(out / "samples.png")
 
 
 def draw_curves(runs: dict[str, Path], first: int, out: Path) -> None:
@@ -176,14 +190,39 @@ def draw_curves(runs: dict[str, Path], first: int, out: Path) -> None:
     plot_curves(panels, ("step", "teacher-forced loss, nats per token"), out / "curves.png")
 
 
+def title_of(name: str, kind: str) -> str:
+    """What a row or picture is called; `kind` is the model's name."""
+    return ROWS[name].replace("FlexVAR", kind)
+
+
+def conclusion(report: dict, kind: str) -> str:
+    """What the numbers say, in words."""
+    before, control, sar = (report[name] for name in ("flexvar", "flexvar_continued", "sar"))
+    difference = sar["frechet_distance"] - control["frechet_distance"]
+    seeds = f"One seed; runs that differ in their seed alone spread by about {SPREAD:g}"
+    if abs(difference) < 2 * SPREAD:
+        verdict = f"{seeds}: within noise. It says neither that SAR helps nor that it does not."
+    else:
+        verdict = f"{seeds}: SAR is {'worse' if difference > 0 else 'better'} here by more than that."
+    return (
+        f"**SAR against equally many further steps of teacher forcing ({report['steps']['sar']}, the control): "
+        f"{difference:+.2f} in Fréchet distance** ({sar['frechet_distance']:.2f} against "
+        f"{control['frechet_distance']:.2f}; lower is better), "
+        f"{sar['class_accuracy'] - control['class_accuracy']:+.3f} in class accuracy. {verdict} Both go on from the "
+        f"same {kind} ({before['frechet_distance']:.2f}). More seeds: `python -m experiments.study_digits` and "
+        "docs/study_digits.md; photographs: docs/study_cifar10.md."
+    )
+
+
 def write_report(report: dict, out: Path) -> None:
     """report.json and report.md."""
     write_json(out / "report.json", report)
-    kind = "hybrid model" if report["model"] == "hybrid" else "FlexVAR"
-    lines = ["# Quickstart on digits", "", "| | class accuracy | Fréchet distance |", "|---|---|---|"]
-    for name, title in ROWS.items():
-        title = title.replace("FlexVAR", kind)
-        lines.append(f"| {title} | {report[name]['class_accuracy']:.3f} | {report[name]['frechet_distance']:.2f} |")
+    kind, more = kind_of(report["model"]), report["steps"]["sar"]
+    lines = ["# Quickstart on digits", "", conclusion(report, kind)]
+    lines += ["", "| | class accuracy | Fréchet distance |", "|---|---|---|"]
+    for name in ROWS:
+        scores = report[name]
+        lines.append(f"| {title_of(name, kind)} | {scores['class_accuracy']:.3f} | {scores['frechet_distance']:.2f} |")
     lines += ["", "| stage | seconds | steps | held-out loss |", "|---|---|---|---|"]
     for name, seconds in report["seconds"].items():
         loss = report["held_out_loss"].get(name)
@@ -196,9 +235,19 @@ def write_report(report: dict, out: Path) -> None:
         "classifier's 64 features, against the training digits. It is not FID, and compares only within this table. "
         f"{10 * PER_CLASS} samples a model, equal seeds, ramp guidance {GUIDANCE.scale}, no top-k, no top-p. "
         "The tokenizer's loss is its mean squared error at the finest scale; the others' is the teacher-forced "
-        "cross-entropy in nats per token. One seed: differences of a few points are noise.",
+        "cross-entropy in nats per token. On held-out digits it is lower than in training because training is the "
+        "harder task: digits are shifted and turned, one class in ten is dropped, blocks are left out at random.",
         "",
-        f"![{kind} on the left, SAR on the right](samples.png)",
+        "## Samples",
+        "",
+        f"A row a class; equal places are equal seeds. Left: the {kind} that the others go on from. Middle: the "
+        f"control, {more} further steps of teacher forcing. Right: {more} further steps of SAR.",
+        "",
+        "![samples](samples.png)",
+        "",
+        "## Losses",
+        "",
+        "Teacher-forced loss over steps, in training and held out: from scratch, then of the two ways to go on.",
         "",
         "![losses](curves.png)",
         "",
@@ -237,7 +286,8 @@ def main() -> None:
         "sar": ("train.py", [*further, *SAR]),
     }
     for name, (program, flags) in stages.items():
-        runs[name], seconds[name] = run_stage(name, program, flags, steps[name], out, args.processes)
+        watch = [] if name == "tokenizer" else [f"--eval_every={max(1, steps[name] // 6)}"]
+        runs[name], seconds[name] = run_stage(name, program, [*flags, *watch], steps[name], out, args.processes)
         if name == "tokenizer":
             codes = [vae_ckpt, f"--out={out / 'codes'}", f"--image_size={SIZE}", f"--seed={SEED}"]
             # FlexVAR's 17 epochs see each crop about twice.
@@ -245,7 +295,7 @@ def main() -> None:
             seconds["codes"] = launch(["-m", "utils.code_cache", *DATA, *codes], args.processes)
     began = time.perf_counter()
     report = {
-        **evaluate(runs, out),
+        **evaluate(runs, kind_of(args.model), out),
         "held_out_loss": {name: read_metrics(run, "val/loss")[1][-1] for name, run in runs.items()},
         "model": args.model,
         "steps": steps,

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from evaluate import Generated, label_order, main
@@ -16,6 +17,7 @@ from models import SARPipeline
 from tests.conftest import ROOT, run, tool, torchrun
 from utils.config_sampling import EvalConfig
 from utils.evaluations.c2i.images import FolderImages, NpzImages, Resized, open_images, write_npz
+from utils.evaluations.c2i.report import write_sweep
 from utils.flags import parse
 
 NAME = "efficientnet_lite0"
@@ -55,6 +57,8 @@ def test_report_has_the_numbers_and_how_they_came_about(alone):
     assert set(report) >= METRICS
     assert not {"fid", "sfid", "inception_score"} & set(report)  # these names are Inception's
     assert report["samples"] == 20
+    assert report["warning"].startswith("20 samples are fewer than the 1280 dimensions of the features")
+    assert "**Warning**: 20 samples" in (alone / "report.md").read_text()
     assert report["images_per_second"] > 0
     assert report["settings"]["cfg"] == 2.2
     assert len(report["settings"]["weights_sha256"]) == len(report["settings"]["tokenizer_sha256"]) == 64
@@ -129,9 +133,61 @@ def test_sweep_and_intermediate_scale(saved, real, tmp_path):
     assert [row["settings"]["cfg"] for row in rows] == [1, 3]
     assert {row["settings"]["evaluated_side"] for row in rows} == {2}
     assert {row["samples"] for row in rows} == {10}
-    assert (tmp_path / "sweep.md").read_text().count("\n") == 4
+    assert (tmp_path / "sweep.md").read_text().count("\n|") == 3
     assert (tmp_path / "sweep.png").stat().st_size > 1000
     assert json.loads((tmp_path / "reference/settings.json").read_text())["side"] == 32
+
+
+def test_reports_side_by_side(saved, real, tmp_path, alone):
+    judge(*flags(saved, real, tmp_path / "b", "--cfg=3"))
+    status, out, _ = tool(main, "--compare", alone, tmp_path / "b/report.json")
+    assert status == 0
+    head, _, *rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("|")]
+    assert head == [os.path.relpath(p, os.path.commonpath([alone.parent, tmp_path])) for p in (alone, tmp_path / "b")]
+    found = {row[0]: row[1:] for row in rows}
+    first, second = report_of(alone), report_of(tmp_path / "b")
+    for name in METRICS:
+        assert found[name] == [f"{first[name]:.4f}", f"{second[name]:.4f}"]
+    assert found["cfg"] == ["2.2", "3.0"]
+    assert "top_k" not in found  # only what differs
+    assert "do not compare" not in out
+    assert out.count("20 samples are fewer than the 1280 dimensions") == 2
+    changed = {**second, "features": "inception", "fid": 3.5, "warning": ""}
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/report.json").write_text(json.dumps(changed))
+    _, out, _ = tool(main, "--compare", alone, tmp_path / "b", tmp_path / "c")
+    assert "| fid | – | – | 3.5000 |" in out
+    assert "different features: their numbers do not compare" in out
+
+
+def test_what_cannot_be_compared_is_named(alone, tmp_path):
+    (tmp_path / "sweep/cfg1").mkdir(parents=True)
+    (tmp_path / "sweep/cfg1/report.json").write_text("{}")
+    for words, said in [
+        (["--compare", alone], "two or more"),
+        (["--compare", alone, tmp_path], f"no report {tmp_path / 'report.json'}"),
+        (["--compare", alone, tmp_path / "sweep"], f"there are some in {tmp_path / 'sweep/cfg1'}"),
+        (["--compare", alone, alone, "--cfg=3"], "--cfg has no effect with --compare"),
+    ]:
+        status, _, err = tool(main, *words)
+        assert (status != 0, said in err) == (True, True), err
+
+
+@pytest.mark.parametrize("settings", [[("cfg", 1.0), ("cfg", 3.0)], [("top_p", 0.9), ("top_p", 0.95)]])
+def test_a_sweeps_plot_shows_distance_against_score(settings, tmp_path, monkeypatch):
+    """Not against images/s, which is the machine's. Each point says what was swept."""
+    rows = []
+    for i, (name, value) in enumerate(settings):
+        described = {"cfg": 2.2, "top_k": 900, "top_p": 0.95, name: value}
+        rows.append({"fid": 5.0 - i, "inception_score": 200.0 + i, "images_per_second": 9.0, "settings": described})
+    figures = []
+    real = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or real(self, *a, **k))
+    write_sweep(rows, tmp_path)
+    (plot,) = figures[0].axes
+    assert (plot.get_xlabel(), plot.get_ylabel()) == ("inception score", "fid")
+    assert plot.lines[0].get_xydata().tolist() == [[200, 5], [201, 4]]
+    assert [text.get_text() for text in plot.texts] == [f"{name} {value:g}" for name, value in settings]
 
 
 def test_an_intermediate_scale_is_the_last_one_that_is_drawn(saved):

@@ -3,8 +3,13 @@ import os
 import sys
 
 import pytest
+import torch
+from PIL import Image
 
+from experiments import quickstart
+from experiments.quickstart import conclusion, draw_samples
 from tests.conftest import run
+from utils.pictures import read_metrics
 
 
 def check_report(out):
@@ -16,7 +21,33 @@ def check_report(out):
     assert f"{report['sar']['class_accuracy']:.3f}" in text
     assert (out / "samples.png").stat().st_size > 1000
     assert (out / "curves.png").stat().st_size > 1000
+    assert f"{report['sar']['frechet_distance'] - report['flexvar_continued']['frechet_distance']:+.2f}" in text
+    for said in ("One seed", "the control", "lower than in training because", "# Samples", "# Losses"):
+        assert said in text
+    for name in ("flexvar", "flexvar_continued", "sar"):
+        assert len(read_metrics(out / name, "val/loss")[0]) == min(6, report["steps"][name])
     return report
+
+
+@pytest.mark.parametrize(("sar", "said"), [(5.2, "within noise"), (9.0, "SAR is worse"), (1.0, "SAR is better")])
+def test_the_conclusion_is_in_words_and_claims_no_more_than_one_seed_can(sar, said):
+    scores = {"class_accuracy": 0.95, "frechet_distance": 4.5}
+    report = {"flexvar": scores, "flexvar_continued": scores, "steps": {"sar": 150}}
+    report["sar"] = {"class_accuracy": 0.94, "frechet_distance": sar}
+    text = conclusion(report, "FlexVAR")
+    assert f"{sar - 4.5:+.2f} in Fréchet distance" in text
+    assert "-0.010 in class accuracy" in text
+    assert said in text
+
+
+def test_the_picture_shows_the_control_and_titles_each_block(tmp_path, monkeypatch):
+    titles = []
+    real = quickstart.captioned_grid
+    monkeypatch.setattr(quickstart, "captioned_grid", lambda p, t, **k: titles.extend(t) or real(p, t, **k))
+    samples = {name: torch.zeros(500, 3, 32, 32) for name in ("flexvar", "flexvar_continued", "sar")}
+    draw_samples(samples, "hybrid model", tmp_path)
+    assert titles == ["hybrid model", "hybrid model, trained on", "SAR"]
+    assert Image.open(tmp_path / "samples.png").width > 3 * 8 * 32
 
 
 def test_the_whole_chain_in_a_few_steps(tmp_path):

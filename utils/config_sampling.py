@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -114,6 +114,7 @@ class EvalConfig(DrawConfig):
     sweep_cfg: str = ""  # guidance scales to go through, comma-separated
     sweep_top_k: str = ""  # top-k to go through
     sweep_top_p: str = ""  # top-p to go through
+    compare: tuple[str, ...] = ()  # print the reports of these directories side by side, and stop
     samples: str = ""  # judge these instead of sampling: an npz with arr_0, or a folder of images
     expect: int = 0  # refuse SAMPLES that hold fewer images than this
     reconstruct: str = ""  # judge the tokenizer's reconstructions of this folder or npz: rFID, PSNR, SSIM
@@ -145,6 +146,11 @@ class EvalConfig(DrawConfig):
             split_size=1,
             depth=0,
         )
+        if self.compare:
+            without(self, True, "--compare", [f.name for f in fields(self) if f.name != "compare"])
+            if len(self.compare) < 2:
+                raise ValueError("--compare takes two or more directories with a report.json")
+            return
         modes = [name for name in ("samples", "reconstruct") if getattr(self, name)]
         if len(modes) > 1:
             raise ValueError("--samples and --reconstruct exclude each other")
