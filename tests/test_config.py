@@ -189,12 +189,19 @@ def test_every_field_is_read_by_something():
     sources = [p for p in ROOT.rglob("*.py") if not {"tests", ".venv"} & set(p.relative_to(ROOT).parts)]
     outside = set().union(*(attributes_read(p) for p in sources if not p.name.startswith("config")))
     inside = attributes_read(ROOT / "utils/config.py") | attributes_read(ROOT / "utils/config_sampling.py")
-    by_property = {"pn", "out_dir", "sweep_cfg", "sweep_top_k", "sweep_top_p"}  # .scales, .directory, .settings()
+    by_property = {
+        "pn",
+        "exp_name",
+        "out_dir",
+        "sweep_cfg",
+        "sweep_top_k",
+        "sweep_top_p",
+    }  # .scales, .name, .settings()
     assert by_property <= inside
     groups = {f.default_factory for c in (TrainConfig, TokenizerTrainConfig) for f in dataclasses.fields(c)}
     groups |= {SampleConfig, EvalConfig}
     unread = {f.name for g in groups for f in dataclasses.fields(g)} - outside - by_property
-    assert not unread
+    assert not unread, f"nothing reads {unread}: or a property does, then add them to by_property above"
 
 
 def test_configs_are_frozen():

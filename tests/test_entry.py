@@ -39,7 +39,20 @@ def test_every_command_of_the_documents_is_an_entry():
     assert named - {"venv", "pip", "tests.faults.mutations"} <= set(ENTRIES)
     with_main = [p for p in ROOT.rglob("*.py") if not {"tests", ".venv"} & set(p.relative_to(ROOT).parts)]
     with_main = [p for p in with_main if "\nif __name__ ==" in p.read_text()]
-    assert {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in with_main} == set(ENTRIES)
+    found = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in with_main}
+    assert found == set(ENTRIES), f"new, or gone: {found ^ set(ENTRIES)}. Put ENTRIES above right"
+
+
+def test_how_to_extend_names_what_is_there():
+    """Every file of the page exists, and holds the names that the page says are in it."""
+    page = (ROOT / "docs/extending.md").read_text()
+    files = {w for w in re.findall(r"`([\w/]+\.(?:py|sh))`", page) if "dN" not in w}
+    files = {f if "/" in f or (ROOT / f).is_file() else f"utils/{f}" for f in files}
+    text = {f: (ROOT / f).read_text() for f in files}
+    names = re.findall(r"`([A-Za-z_]\w+)`", page)
+    assert len(names) > 15
+    for name in set(names) - {"main", "nan"}:
+        assert any(re.search(rf"\b{name}\b", t) for t in text.values()), name
 
 
 @pytest.mark.parametrize("name", ENTRIES)

@@ -7,7 +7,9 @@ import torch
 
 from tests.conftest import ALONE, config_of, run, tool
 from train import main
+from utils.config import TrainConfig
 from utils.distributed import Ranks
+from utils.flags import parse
 from utils.log import JsonLines, Meter, Progress, Silent, clock, make_logger
 
 
@@ -76,6 +78,18 @@ def test_progress_reports_rate_and_remaining_time(capsys):
     assert "run 1/4 ETA" in (err := capsys.readouterr().err)
     assert "loss 1.5" in err
     progress.close()
+
+
+def test_a_run_is_called_as_it_was_named_or_as_its_directory():
+    for flags, name in [
+        (["--out_dir=out/my/flexvar"], "flexvar"),
+        (["--out_dir=out/my/flexvar", "--exp_name=first"], "first"),
+        (["--exp_name=first"], "first"),
+        ([], "SAR"),
+    ]:
+        run = parse(TrainConfig, flags).run
+        assert run.name == name
+        assert str(run.directory) == (flags[0].partition("=")[2] if "out_dir" in str(flags) else f"out/{name}")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (65, "1:05"), (3725, "1:02:05")])

@@ -177,7 +177,7 @@ class LogConfig(Flags):
     logger_type: Literal["tensorboard", "wandb", "none"] = "tensorboard"  # beside metrics.jsonl, always written
     wandb_project: str = "sar"  # W&B: project
     wandb_entity: str = ""  # W&B: user or team
-    wandb_run_name: str = ""  # W&B: name of the run; empty: --exp_name
+    wandb_run_name: str = ""  # W&B: name of the run; empty: as --exp_name
     wandb_tags: str = ""  # W&B: tags, comma-separated
     wandb_notes: str = ""  # W&B: notes
     log_every: int = 20  # steps between log lines
@@ -203,8 +203,8 @@ def check_timeout(group: Flags) -> None:
 class RunConfig(Flags):
     """Run"""
 
-    exp_name: str = "SAR"  # name of the run
-    out_dir: str = ""  # everything the run writes; empty: out/EXP_NAME
+    exp_name: str = ""  # name of the run; empty: that of its directory
+    out_dir: str = ""  # everything the run writes; empty: out/EXP_NAME, or out/SAR
     seed: int = 0  # seed of everything random
     save_every_steps: int = 0  # steps between checkpoints; 0: at the end of each epoch. The last step always saves
     save_every_minutes: float = 0  # save also when the last checkpoint is older than this; 0: never
@@ -226,7 +226,11 @@ class RunConfig(Flags):
 
     @property
     def directory(self) -> Path:
-        return Path(self.out_dir or f"out/{self.exp_name}")
+        return Path(self.out_dir or f"out/{self.exp_name or 'SAR'}")
+
+    @property
+    def name(self) -> str:
+        return self.exp_name or self.directory.name
 
 
 @dataclass(frozen=True)

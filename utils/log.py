@@ -171,7 +171,7 @@ def make_logger(config: TrainConfig | TokenizerTrainConfig, ranks: Ranks, start:
     if kind == "tensorboard":
         loggers.append(TensorBoard(directory / "tensorboard", start))
     elif kind == "wandb":
-        loggers.append(WandB(config.log, config.run.exp_name, directory, asdict(config)))
+        loggers.append(WandB(config.log, config.run.name, directory, asdict(config)))
     return Several(loggers)
 
 

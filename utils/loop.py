@@ -95,7 +95,7 @@ class Loop(Learner):
 
         Raises BadImage, FloatingPointError, SaveError; SystemExit when it was asked to stop.
         """
-        progress = Progress(self.directory.name, self.stop_step, self.step, self.ranks)
+        progress = Progress(self.config.run.name, self.stop_step, self.step, self.ranks)
         owed = self.owed_reports()
         if self.step >= self.stop_step and not any(owed):
             return progress.say(f"finished at step {self.step}: nothing to do in {self.directory}")
