@@ -196,7 +196,7 @@ def test_every_field_is_read_by_something():
         "sweep_cfg",
         "sweep_top_k",
         "sweep_top_p",
-    }  # .scales, .name, .settings()
+    }  # e.g. .scales
     assert by_property <= inside
     groups = {f.default_factory for c in (TrainConfig, TokenizerTrainConfig) for f in dataclasses.fields(c)}
     groups |= {SampleConfig, EvalConfig}

@@ -110,7 +110,8 @@ class EvalConfig(DrawConfig):
     eval_scale: int = 0  # decode at this side instead of the finest, against real images at that resolution
     depth: int = 0  # refuse a CKPT with another number of transformer blocks; 0: any
     batch: int = alias(0, "--batch_size")
-    """images at a time; 0: 64 on a GPU, 8 on a CPU. Part of what makes images repeatable to the bit"""
+    """images at a time; 0: 64 on a GPU, 8 on a CPU. Part of what makes images repeatable to the bit
+    on a CPU"""
     sweep_cfg: str = ""  # guidance scales to go through, comma-separated
     sweep_top_k: str = ""  # top-k to go through
     sweep_top_p: str = ""  # top-p to go through
