@@ -25,7 +25,7 @@ from utils.code_cache import open_cache, read_manifest
 from utils.config import TrainConfig
 from utils.data import check_dataset, open_splits
 from utils.distributed import Ranks
-from utils.entry import entry, notice, refuse_inside
+from utils.entry import entry, notice
 from utils.flags import changed, parse
 from utils.loop import start
 from utils.optim import derive_seed
@@ -128,8 +128,6 @@ def build(config: TrainConfig, me: Ranks) -> Trainer:
         train_set, val_set = open_cache(Path(config.speed.code_cache), vae, wanted.supervision, size)
         encode = train_set.code_batch
     else:
-        for split in ("train", "val"):
-            refuse_inside(config.run.directory, "--out_dir", Path(config.data.data_path or "/dev/null", split))
         train_set, val_set = open_splits(config.data, size, config.run.seed, config.run.directory)
     if val_set is None and config.watch.eval_every:
         raise ValueError("--eval_every has no effect: the data have no val/ to hold out")

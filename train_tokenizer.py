@@ -5,7 +5,6 @@ from __future__ import annotations
 import utils.threads  # noqa: F401  # isort: skip
 
 import random
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from utils.codebook import CodebookUse, histogram, perplexity, revive, usage
 from utils.config_tokenizer import TokenizerTrainConfig
 from utils.data import Views, check_dataset, evenly, open_splits
 from utils.distributed import Ranks, data_parallel
-from utils.entry import entry, refuse_inside
+from utils.entry import entry
 from utils.flags import parse
 from utils.learner import Metrics
 from utils.loop import Loop, start
@@ -179,8 +178,6 @@ def build(config: TokenizerTrainConfig, me: Ranks) -> TokenizerTrainer:
             f"--pn ends at {wanted.scales.sides[-1]}, but {wanted.image_size} pixels "
             f"make {wanted.image_size / vae.config.factor:g} latents a side"
         )
-    for split in ("train", "val"):
-        refuse_inside(config.run.directory, "--out_dir", Path(config.data.data_path or "/dev/null", split))
     train_set, val_set = open_splits(config.data, wanted.image_size, config.run.seed, config.run.directory)
     trainer = TokenizerTrainer(config, vae, train_set, val_set, me)
     trainer.resume()

@@ -27,7 +27,7 @@ from models.vqvae import VQVAE
 from utils.config import DataConfig, check_timeout
 from utils.data import CodeBatch, Key, Views, batches_of, encode_batch, loader_workers, open_splits
 from utils.distributed import Ranks, ranks
-from utils.entry import check_output_directory, entry, refuse_inside
+from utils.entry import check_output_directory, entry
 from utils.files import (
     digest,
     digest_of_stats,
@@ -238,8 +238,6 @@ def build(flags: CacheFlags, me: Ranks) -> Path:
     """Write the cache of a data set, or what is missing of it. Returns its manifest."""
     config, out = flags.cache, Path(flags.cache.out)
     check_output_directory(out, "--out")
-    for split in ("train", "val"):
-        refuse_inside(out, "--out", Path(flags.data.data_path or "/dev/null", split))
     vae, run = load_tokenizer(config.vae_ckpt).to(me.device), find_run(config.vae_ckpt)
     size = config.image_size or (run.content["model"].get("image_size") if run else 0) or 256
     if vae.config.codebook_size > 2**16:

@@ -6,14 +6,11 @@ import argparse
 import itertools
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import simple_parsing
 
 from utils.flags import Flags, alias, at_least, at_most, check_number, only_with, without
-
-SWEPT = {"sweep_cfg": 0, "sweep_top_k": 0, "sweep_top_p": 0}  # least values
 
 
 class Repeated(argparse.Action):
@@ -180,11 +177,7 @@ class EvalConfig(DrawConfig):
         for name in ("cfg", "top_k", "top_p"):
             without(self, bool(getattr(self, f"sweep_{name}")), f"--sweep_{name}", [name])
         only_with(self, self.guidance != "none", "guidance: leave --guidance none out", ["sweep_cfg"])
-        for point in self.settings():  # all of them before the first is drawn
-            for name, value in zip(("sweep_cfg", "sweep_top_k", "sweep_top_p"), point, strict=True):
-                check_number(name, value)
-            at_least(SimpleNamespace(sweep_cfg=point[0], sweep_top_k=point[1], sweep_top_p=point[2]), **SWEPT)
-            at_most(SimpleNamespace(sweep_top_p=point[2]), sweep_top_p=1)
+        self.settings()  # all points of a sweep, before the first is drawn
 
     def check_sources(self) -> None:
         """Raises ValueError for paths that are not there, and for --image_size where no folder is read. Nothing is
@@ -197,13 +190,20 @@ class EvalConfig(DrawConfig):
         only_with(self, folders, "a folder of images: npz files hold them as they are", ["image_size"])
 
     def settings(self) -> list[tuple[float, int, float]]:
-        """(cfg, top_k, top_p) of every point of the sweep, or the one setting."""
+        """(cfg, top_k, top_p) of every point of the sweep, or the one setting. Raises ValueError when out of range."""
 
-        def several(text: str, kind: type, one: float) -> list:
+        def several(name: str, kind: type, most: float) -> list:
+            text = getattr(self, f"sweep_{name}")
             try:
-                return [kind(value) for value in text.split(",")] if text else [one]
+                values = [kind(value) for value in text.split(",")] if text else [getattr(self, name)]
             except ValueError:
                 raise ValueError(f"a sweep is written like 1.5,2.0,2.5, got {text!r}") from None
+            for value in values:
+                check_number(f"sweep_{name}", value)
+                if not 0 <= value <= most:
+                    raise ValueError(f"--sweep_{name} must be at least 0 and at most {most:g}, got {value}")
+            return values
 
-        lists = several(self.sweep_cfg, float, self.cfg), several(self.sweep_top_k, int, self.top_k)
-        return list(itertools.product(*lists, several(self.sweep_top_p, float, self.top_p)))
+        return list(
+            itertools.product(several("cfg", float, 1e9), several("top_k", int, 1e9), several("top_p", float, 1))
+        )

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from models.scales import ScaleSchedule
 from models.vqvae import VQVAE
 from utils.config import DataConfig
-from utils.entry import entry, notice
+from utils.entry import entry, notice, refuse_inside
 from utils.flags import Parser
 from utils.image_files import BadImage, ClassFolders, class_names_in, flat_hint, name_left_out, problem, walk_images
 from utils.images import SkipBad, View, adm_crop, centre_crop, shift_and_rotate
@@ -180,7 +180,9 @@ def open_dataset(config: DataConfig, size: int, seed: int, split: str, directory
 
 
 def open_splits(config: DataConfig, size: int, seed: int, directory: Path) -> tuple[Views, Views | None]:
-    """Both parts of a data set, for a run that writes to `directory`."""
+    """Both parts of a data set, for a run that writes to `directory`, which must not lie among the images."""
+    folders = [Path(config.data_path, split) for split in ("train", "val")] if config.data_path else []
+    refuse_inside(directory, "the output directory", *folders)
     train, val = (open_dataset(config, size, seed, split, directory) for split in ("train", "val"))
     return train, val
 
