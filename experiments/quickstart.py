@@ -60,7 +60,7 @@ ROWS = {
     "real": "real held-out digits",
     "reconstruction": "their reconstructions",
     "flexvar": "FlexVAR",
-    "flexvar_continued": "FlexVAR, trained on",
+    "flexvar_continued": "FlexVAR, trained further (the control)",
     "sar": "SAR",
 }
 
@@ -167,7 +167,7 @@ def draw_samples(samples: dict[str, Tensor], kind: str, out: Path) -> None:
     """A titled block a model, a row a class, in samples.png: equal places are equal seeds."""
     blocks = [part.view(10, PER_CLASS, 3, SIZE, SIZE)[:, :SHOWN].flatten(0, 1) for part in samples.values()]
     pictures = [to_pil(grid(block, SHOWN)[None] * 2 - 1)[0] for block in blocks]
-    titles = [title_of(name, kind) for name in samples]
+    titles = [{"flexvar": kind, "flexvar_continued": "the control", "sar": "SAR"}[name] for name in samples]
     captioned_grid(pictures, titles, columns=len(pictures), cell=max(pictures[0].size)).save(out / "samples.png")
 
 
@@ -236,7 +236,7 @@ def write_report(report: dict, out: Path) -> None:
         f"{10 * PER_CLASS} samples a model, equal seeds, ramp guidance {GUIDANCE.scale}, no top-k, no top-p. "
         "The tokenizer's loss is its mean squared error at the finest scale; the others' is the teacher-forced "
         "cross-entropy in nats per token. On held-out digits it is lower than in training because training is the "
-        "harder task: digits are shifted and turned, one class in ten is dropped, blocks are left out at random.",
+        "harder task: digits are shifted and turned, the class is dropped for one in ten, blocks are left out at random.",
         "",
         "## Samples",
         "",

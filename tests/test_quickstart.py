@@ -46,7 +46,7 @@ def test_the_picture_shows_the_control_and_titles_each_block(tmp_path, monkeypat
     monkeypatch.setattr(quickstart, "captioned_grid", lambda p, t, **k: titles.extend(t) or real(p, t, **k))
     samples = {name: torch.zeros(500, 3, 32, 32) for name in ("flexvar", "flexvar_continued", "sar")}
     draw_samples(samples, "hybrid model", tmp_path)
-    assert titles == ["hybrid model", "hybrid model, trained on", "SAR"]
+    assert titles == ["hybrid model", "the control", "SAR"]
     assert Image.open(tmp_path / "samples.png").width > 3 * 8 * 32
 
 
