@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.sampling import Draw, evaluating, walk
-from models.scales import ScaleSchedule, shift_all
+from models.scales import ScaleSchedule
 from sar_trainer import rollout_guidance
 from trainer import Metrics, Trainer
 from utils.data import CodeBatch
@@ -32,8 +32,8 @@ class StudentForcing(Trainer):
     def compute_loss(self, batch: CodeBatch, schedule: ScaleSchedule) -> tuple[Tensor, Metrics]:
         truth = batch.tokens(schedule)
         fed = self.roll_out(batch, schedule)
-        loss, metrics = self.token_loss(batch.labels, shift_all(fed, self.codebook, schedule), schedule, truth)
-        return loss, {"loss": loss.detach(), **metrics}
+        found = self.predict(batch.labels, self.inputs(fed, schedule), truth, schedule)
+        return found.loss, {"loss": found.loss.detach(), **found.metrics(schedule)}
 
     @torch.no_grad()
     def roll_out(self, batch: CodeBatch, schedule: ScaleSchedule) -> Tensor:

@@ -5,19 +5,18 @@ Legend: B batch, L tokens of a schedule, V codebook rows, D codebook width.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from functools import cached_property, partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.flexvar import FlexVAR, Task
-from models.head import Look, head_losses
+from models.flexvar import FlexVAR
+from models.head import Prediction, Sampler
 from models.layers import kernel_for
 from models.pipeline import class_names
 from models.sampling import Guidance, generate
-from models.scales import ScaleSchedule, draw_schedule, shift_all
+from models.scales import ScaleSchedule, draw_schedule
 from models.vqvae import VQVAE
 from utils.config import TrainConfig
 from utils.data import CodeBatch, Views, encode_batch
@@ -28,6 +27,7 @@ from utils.pictures import grid, spread_labels, square
 from utils.run_record import describe_tokenizer
 from utils.weights import digest_of
 
+Inputs = Tensor | tuple  # of a pass: whatever the model's own `inputs` makes
 Encode = Callable[[Tensor, Tensor, ScaleSchedule], CodeBatch]  # what a data set yields, class ids, the step's scales
 
 
@@ -100,48 +100,25 @@ class Trainer(Loop):
     def compute_loss(self, batch: CodeBatch, schedule: ScaleSchedule) -> tuple[Tensor, Metrics]:
         """Teacher forcing: mean cross-entropy over all tokens, with inputs from ground truth (paper Eq. 2)."""
         tokens = batch.tokens(schedule)
-        inputs, task = shift_all(tokens, self.codebook, schedule), self.task(tokens, schedule)
-        loss, metrics = self.token_loss(batch.labels, inputs, schedule, tokens, task=task)
-        return loss, {"loss": loss.detach(), **metrics}
+        found = self.predict(batch.labels, self.inputs(tokens, schedule), tokens, schedule)
+        return found.loss, {"loss": found.loss.detach(), **found.metrics(schedule)}
 
-    def task(self, tokens: Tensor, schedule: ScaleSchedule) -> Task:
-        """What the model is asked in this step."""
-        rng = random.Random(f"task/{self.config.run.seed}/{self.step}")
-        return self.model.task(tokens, self.codebook, schedule, rng)
+    def inputs(self, tokens: Tensor, schedule: ScaleSchedule) -> Inputs:
+        """Tokens of all scales (B, L), true or sampled, shifted up one scale: what a pass is fed with (Eq. 2 and 6)."""
+        return self.model.inputs(tokens, self.codebook, schedule)
 
-    def token_loss(
+    def predict(
         self,
         labels: Tensor,
-        inputs: Tensor,
-        schedule: ScaleSchedule,
+        inputs: Inputs,
         targets: Tensor,
+        schedule: ScaleSchedule,
         first: int = 0,
+        sampler: Sampler | None = None,
         start: bool = True,
-        look: Look | None = None,
-        task: Task | None = None,
-    ) -> tuple[Tensor, Metrics]:
-        """A forward through the network and its mean loss at the scales from number `first` on.
-
-        Args:
-            labels, inputs, schedule, start: see `FlexVAR.forward`.
-            targets: of these scales, tokens (B, n) or the logits to match (B, n, V).
-            look: is shown their logits, see `head_losses`.
-            task: what of the targets is asked; by default all of these scales'.
-
-        Returns: the loss, and loss and accuracy of each side.
-        """
-        task = task or Task(schedule.lengths[first:])
-
-        def read(features: Tensor, head: nn.Linear) -> tuple[Tensor, ...]:
-            return head_losses(task.pick(features), head, task.pick(targets), look)
-
-        loss, losses, hits = self.network(labels, inputs, schedule, start, read, first, **task.arguments)
-        metrics = {}
-        parts = (x.split(task.lengths, dim=1) for x in (losses, hits))
-        for s, side_losses, side_hits in zip(schedule.sides[first:], *parts, strict=True):
-            metrics[f"loss_side/{s}"] = side_losses.mean()
-            metrics[f"accuracy_side/{s}"] = side_hits.mean()
-        return loss, metrics
+    ) -> Prediction:
+        """A pass through the network, and its loss at the scales from number `first` on: see `FlexVAR.forward`."""
+        return self.network(labels, inputs, schedule, targets, first, sampler, start)
 
     def held_out_losses(self, images: Tensor, labels: Tensor) -> Metrics:
         """Teacher-forced loss on the schedule --pn."""

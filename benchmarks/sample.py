@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.common import DECODE_FLOPS, Clock, Ruler, forward_flops, peak_memory, reset_peak, show
 from models import VQVAE, FlexVAR, FlexVARConfig, Guidance, ScaleSchedule, generate, sampling
-from models.sampling import sample_tokens
+from models.head import sample_tokens
 from utils.distributed import alone
 from utils.entry import entry
 from utils.flags import Parser, whole

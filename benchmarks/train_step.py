@@ -22,10 +22,10 @@ from torch import Tensor
 import utils.learner as learner_module
 from benchmarks.common import ENCODE_FLOPS, Clock, Ruler, forward_flops, peak_memory, random_images, reset_peak, show
 from models import VQVAE, ScaleSchedule
+from models.head import Samples, guide, sample_tokens
 from models.pipeline import to_pil
-from models.sampling import guide, sample_tokens
 from models.scales import shift_all
-from sar_trainer import Rollout, SARTrainer, rollout_guidance
+from sar_trainer import SARTrainer, rollout_guidance
 from train import TRAINERS, build
 from utils.code_cache import CacheConfig, CacheFlags
 from utils.code_cache import build as build_cache
@@ -114,11 +114,11 @@ def parts_of(trainer: SARTrainer, batches, repeats: int) -> dict[str, float]:
 
     trainer.encode = clock.around(trainer.encode, "encode")
     trainer.compute_loss = clock.around(trainer.compute_loss, "forward")
-    kept = (Rollout.look, torch.Tensor.backward, learner_module.apply_gradients)
+    kept = (Samples.add, torch.Tensor.backward, learner_module.apply_gradients)
     if isinstance(trainer, SARTrainer):
-        trainer.plan = clock.around(trainer.plan, "unconditional half")
-        trainer.student_loss = clock.around(trainer.student_loss, "second pass")
-    Rollout.look = clock.around(Rollout.look, "rollout")
+        trainer.rollout_sampler = clock.around(trainer.rollout_sampler, "unconditional half")
+        trainer.student = clock.around(trainer.student, "second pass")
+    Samples.add = clock.around(Samples.add, "rollout")
     torch.Tensor.backward = clock.around(torch.Tensor.backward, "backward")
     learner_module.apply_gradients = clock.around(learner_module.apply_gradients, "optimiser")
     try:
@@ -126,7 +126,7 @@ def parts_of(trainer: SARTrainer, batches, repeats: int) -> dict[str, float]:
             with clock.part("other"):
                 trainer.train_step(Timed())
     finally:
-        Rollout.look, torch.Tensor.backward, learner_module.apply_gradients = kept
+        Samples.add, torch.Tensor.backward, learner_module.apply_gradients = kept
     return {f"{name} s": seconds / repeats for name, seconds in clock.seconds.items()}
 
 

@@ -43,7 +43,7 @@ TOP_K, TOP_P = 0, 0.0
 SEED = 0
 SHOWN = 8  # samples of each class in the picture
 # Standard deviation of the Fréchet distance over the seeds of a continuation: of docs/study_digits.md.
-SPREAD = 1.0
+SPREAD = 0.5
 
 DATA = ["--dataset=digits", "--workers=0"]
 TOKENIZER = [f"--image_size={SIZE}", f"--pn={SIDES}", "--base_width=32", "--width_mult", "1", "1", "2"]
@@ -236,7 +236,7 @@ def write_report(report: dict, out: Path) -> None:
         f"{10 * PER_CLASS} samples a model, equal seeds, ramp guidance {GUIDANCE.scale}, no top-k, no top-p. "
         "The tokenizer's loss is its mean squared error at the finest scale; the others' is the teacher-forced "
         "cross-entropy in nats per token. On held-out digits it is lower than in training because training is the "
-        "harder task: digits are shifted and turned, the class is dropped for one in ten, blocks are left out at random.",
+        "harder task: digits are shifted and turned, the class is dropped for one in ten, blocks at random.",
         "",
         "## Samples",
         "",

@@ -2,9 +2,10 @@
 
 from models.editing import inpaint
 from models.flexvar import FlexVAR, FlexVARConfig
+from models.head import sample_tokens
 from models.pipeline import SARPipeline, open_pipeline
 from models.released import build_vae_var
-from models.sampling import Draw, Guidance, generate, sample_tokens
+from models.sampling import Draw, Guidance, generate
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule, draw_schedule, shift_up
 from models.vqvae import VQVAE, VQVAEConfig
 

@@ -6,21 +6,19 @@ Legend: B batch, L tokens of a schedule, V codebook rows, D codebook width, C wi
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.head import CategoricalHead, Prediction, Sampler
 from models.layers import Attend, Block, CachedAttention, HeadNorm, ScaleCausalAttention
-from models.scales import ScaleSchedule
+from models.scales import ScaleSchedule, shift_all
 
 POSITION_SIDE = 32  # side of the learned position map, resized to each scale
-
-Read = Callable[[Tensor, nn.Linear], object]  # features (B, L, C), the head → whatever the caller makes of them
 
 
 @dataclass(frozen=True)
@@ -52,31 +50,6 @@ class FlexVARConfig:
         return FlexVAR(self)
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a teacher-forced pass is asked, and what it needs for that beside the shifted inputs."""
-
-    lengths: tuple[int, ...]  # tokens that are asked at each scale
-    places: Tensor | None = None  # (B, n) which of the L tokens those are; None: all
-    arguments: dict[str, Tensor] = field(default_factory=dict)  # of the model's forward
-
-    def pick(self, x: Tensor) -> Tensor:
-        """(B, L, …) → what is asked of it (B, n, …)."""
-        if self.places is None:
-            return x
-        return x.take_along_dim(self.places if x.ndim == 2 else self.places.unsqueeze(-1), dim=1)
-
-    def put(self, answers: Tensor, truth: Tensor) -> Tensor:
-        """Answers (B, n) to what was asked, among the true tokens (B, L)."""
-        return answers if self.places is None else truth.scatter(1, self.places, answers)
-
-    def cut(self, scales: int) -> Task:
-        """The same of the first so many scales."""
-        lengths = self.lengths[:scales]
-        places = None if self.places is None else self.places[:, : sum(lengths)]
-        return Task(lengths, places, self.arguments)
-
-
 @dataclass
 class SamplingState:
     """What a cached forward carries from scale to scale; it belongs to the caller, not to the module."""
@@ -103,7 +76,7 @@ class FlexVAR(nn.Module):
         drop_paths = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(width, config.heads, p) for p in drop_paths)
         self.head_nm = HeadNorm(width)
-        self.head = nn.Linear(width, config.codebook_size)
+        self.head = CategoricalHead(width, config.codebook_size)
         self.checkpoint_activations = False  # keep only the blocks' inputs for backward, and compute the rest again
         self.init_weights()
 
@@ -149,9 +122,9 @@ class FlexVAR(nn.Module):
             block.ada_lin[1].weight[: 2 * width].mul_(config.alng)
             block.ada_lin[1].weight[2 * width :].mul_(config.aln)
 
-    def task(self, tokens: Tensor, codebook_VD: Tensor, schedule: ScaleSchedule, rng: random.Random) -> Task:
-        """What teacher forcing on tokens (B, L) asks: every one of them."""
-        return Task(schedule.lengths)
+    def inputs(self, tokens: Tensor, codebook_VD: Tensor, schedule: ScaleSchedule) -> Tensor:
+        """Tokens of all scales (B, L), true or sampled → inputs of a parallel pass (Eq. 2 and 6): see `shift_all`."""
+        return shift_all(tokens, codebook_VD, schedule)
 
     def trim(self, schedule: ScaleSchedule) -> ScaleSchedule:
         """The part of a schedule that this model knows: all of it."""
@@ -162,31 +135,45 @@ class FlexVAR(nn.Module):
         labels: Tensor,
         inputs: Tensor,
         schedule: ScaleSchedule,
-        start: bool = True,
-        read: Read | None = None,
+        targets: Tensor | None = None,
         first: int = 0,
-    ) -> Tensor:
-        """Logits of all scales in one scale-causal pass.
+        sampler: Sampler | None = None,
+        start: bool = True,
+        features: bool = False,
+    ) -> Tensor | Prediction:
+        """One scale-causal pass over all scales.
 
         Args:
             labels: (B,) class ids, `null_class` for unconditional.
-            inputs: (B, L - s₁², D) embeddings of scales 2…N, each shifted up from the scale before.
+            inputs: (B, L - s₁², D) embeddings of scales 2…N, each shifted up from the scale before; those of more
+                scales than the schedule has are left out.
             schedule: the sides s₁…s_N.
-            start: add pos_start to the first scale (the released second pass leaves it out).
-            read: what to make of the last features (B, L, C) and the head, instead of all their logits.
+            targets: of the scales from number `first` on, tokens (B, n) or the logits to match (B, n, V).
             first: number of the first scale that is asked for.
+            sampler: with targets, sample tokens from the same logits.
+            start: add pos_start to the first scale (the released second pass leaves it out).
+            features: return what the head reads, (B, n, C).
 
-        Returns: (B, L, V), or what `read` returns; of the scales from number `first` on.
+        Returns: logits (B, n, V) of the scales from number `first` on; with targets their `Prediction`.
         """
         condition = self.class_emb(labels)  # (B, C)
         begin = self.first_scale(condition, schedule.lengths[0], start)
+        inputs = inputs[:, : schedule.total - schedule.lengths[0]]
         x = torch.cat([begin, self.word_embed(inputs.to(self.word_embed.weight.dtype))], dim=1)  # (B, L, C)
         x = x + self.positions(schedule.sides)
         attention = ScaleCausalAttention(schedule, x.device)
         modulations = [block.ada_lin(condition) for block in self.blocks]
         x = self.through_blocks(x, modulations, [attention] * len(self.blocks))
         x = self.head_nm(x[:, schedule.offsets[first] :], self.head_nm.ada_lin(condition))
-        return read(x, self.head) if read else self.head(x)
+        return self.answer(x, targets, sampler, features)
+
+    def answer(
+        self, x: Tensor, targets: Tensor | None, sampler: Sampler | None, features: bool, mask: Tensor | None = None
+    ) -> Tensor | Prediction:
+        """Normalised features (B, n, C) → what `forward` returns; `mask` (B, n) are the tokens that count."""
+        if features:
+            return x
+        return self.head(x) if targets is None else self.head.predict(x, targets, sampler, mask)
 
     def begin(self, labels: Tensor, capacity: int) -> SamplingState:
         """Start a cached forward of up to `capacity` tokens: the class's modulations are computed once."""

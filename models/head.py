@@ -1,4 +1,4 @@
-"""Reading the head in chunks: the loss of every token without the logits of all tokens.
+"""The categorical head: losses of tokens, and tokens sampled on the way, without the logits of all tokens at once.
 
 Legend: B batch, L tokens, C width, V codebook rows.
 """
@@ -6,35 +6,78 @@ Legend: B batch, L tokens, C width, V codebook rows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from models.scales import ScaleSchedule
+
 ROWS_AT_ONCE = 2048  # rows of logits that exist at a time
 
-Linear = Callable[[Tensor], Tensor]  # the head in the working precision: (…, C) → (…, V)
-Look = Callable[[int, int, Tensor, Linear], None]  # a, b, the logits (B, b-a, V) of these tokens, the head
+
+@dataclass(frozen=True)
+class Sampler:
+    """Settings to sample the tokens start…end of a parallel pass from its own logits, all scales at once (Eq. 5)."""
+
+    start: int
+    end: int
+    top_k: int = 1  # 1 is greedy
+    top_p: float = 0.0
+    uniforms: Tensor | None = None  # (B, L); None when greedy
+    unconditional: Tensor | None = None  # (B, end, C) features of the unconditional class, to guide by
+    weights: Tensor | None = None  # (end, 1) guidance weight of each token
+    keep_logits: bool = False
+
+    def guided(self, unconditional: Tensor, weights: Tensor) -> Sampler:
+        """The same, with guidance by the unconditional class."""
+        return replace(self, unconditional=unconditional, weights=weights)
 
 
-def head_losses(
-    features: Tensor, head: nn.Linear, targets: Tensor, look: Look | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of head(features) on target tokens, or its KL divergence from the target logits' distributions.
+class Prediction(NamedTuple):
+    """What a parallel pass says of the tokens (B, L) that it was asked for. Only `loss` carries a gradient."""
 
-    Chunk by chunk of tokens, the logits are made, judged and forgotten. The gradient of the mean loss is computed on
-    the way, so that backward needs no logits either.
+    loss: Tensor  # mean over the tokens that count
+    losses: Tensor  # (B, L)
+    correct: Tensor  # (B, L) the likeliest token is the target
+    sampled: Tensor | None = None  # (B, L); -1 where nothing was sampled, the target where a token does not count
+    agreement: Tensor | None = None  # share of the sampled tokens that are the likeliest
+    accuracy: Tensor | None = None  # share of the sampled tokens that are the targets
+    logits: Tensor | None = None  # (B, end - start, V) what was sampled from, if the sampler keeps it
+    mask: Tensor | None = None  # (B, L) tokens that count; None: all
 
-    Args:
-        features: (B, L, C).
-        head: C → V.
-        targets: tokens (B, L) or logits (B, L, V).
-        look: is shown the logits of each chunk; it must not write them.
+    def metrics(self, schedule: ScaleSchedule, first: int = 0) -> dict[str, Tensor]:
+        """Mean loss and accuracy of each scale from number `first` on."""
+        found, mask = {}, torch.ones_like(self.losses) if self.mask is None else self.mask
+        parts = (x.split(schedule.lengths[first:], dim=1) for x in (self.losses, self.correct, mask))
+        for s, losses, correct, counts in zip(schedule.sides[first:], *parts, strict=True):
+            found[f"loss_side/{s}"] = masked_mean(losses, counts)
+            found[f"accuracy_side/{s}"] = masked_mean(correct, counts)
+        return found
 
-    Returns: the mean loss; without gradient the losses (B, L), and whether the likeliest token is the target's (B, L).
-    """
-    return HeadLosses.apply(features, head.weight, head.bias, targets, look, torch.is_grad_enabled())
+
+class CategoricalHead(nn.Linear):
+    """Features (…, C) → logits (…, V) over the codebook."""
+
+    def predict(
+        self, features: Tensor, targets: Tensor, sampler: Sampler | None = None, mask: Tensor | None = None
+    ) -> Prediction:
+        """Cross-entropy on target tokens, or the KL divergence from the distributions of target logits.
+
+        Computes, scores and frees logits chunk by chunk of tokens. The gradient of the mean loss is computed on the
+        way, so that backward needs no logits either.
+
+        Args:
+            features: (B, L, C).
+            targets: tokens (B, L) or logits (B, L, V).
+            sampler: sample tokens from the same logits, too.
+            mask: (B, L) tokens that count; None: all.
+        """
+        found = ChunkedLoss.apply(features, self.weight, self.bias, targets, sampler, mask, torch.is_grad_enabled())
+        return Prediction(*found, mask)
 
 
 def chunks(batch: int, length: int) -> list[tuple[int, int]]:
@@ -43,7 +86,12 @@ def chunks(batch: int, length: int) -> list[tuple[int, int]]:
     return [(a, min(a + size, length)) for a in range(0, length, size)]
 
 
-def judge(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of values (B, n) over the places where a mask (B, n) is not zero."""
+    return values.float().mean() if mask is None else (values * mask).sum() / mask.sum()
+
+
+def loss_and_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (B, n, V), and tokens (B, n) or logits (B, n, V) → losses (B, n) and gradients (B, n, V), in fp32."""
     log_p = logits.float().log_softmax(-1)
     if target.ndim == 2:
@@ -56,30 +104,39 @@ def judge(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return (q * (log_q - log_p)).sum(-1), log_p.exp_().sub_(q)
 
 
-class HeadLosses(torch.autograd.Function):
-    """`head_losses`, with the gradient of the mean made in the forward and scaled in the backward."""
+class ChunkedLoss(torch.autograd.Function):
+    """`CategoricalHead.predict`, with the gradient of the mean made in the forward and scaled in the backward."""
 
     @staticmethod
     def forward(
-        ctx, features: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, look: Look | None, gradients: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        sampler: Sampler | None,
+        mask: Tensor | None,
+        gradients: bool,
+    ) -> tuple[Tensor | None, ...]:
         kind = features.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
         w, b = weight.to(dtype), bias.to(dtype)
-        losses, hits = (features.new_empty(features.shape[:2], dtype=torch.float32) for _ in range(2))
+        losses, correct = (features.new_empty(features.shape[:2], dtype=torch.float32) for _ in range(2))
         d_features = torch.empty_like(features, dtype=dtype) if gradients else None
         d_weight, d_bias = (torch.zeros_like(x, dtype=torch.float32) if gradients else None for x in (weight, bias))
+        samples = Samples(sampler, features, lambda x: F.linear(x.to(dtype), w, b)) if sampler else None
         with torch.autocast(kind, enabled=False):
             for start, end in chunks(*features.shape[:2]):
                 x = features[:, start:end].to(dtype)
                 logits = F.linear(x, w, b)
-                if look is not None:
-                    look(start, end, logits, lambda x: F.linear(x.to(dtype), w, b))
+                if samples is not None:
+                    samples.add(start, end, logits)
                 target = targets[:, start:end]
-                best = target if target.ndim == 2 else target.argmax(-1)
-                hits[:, start:end] = logits.argmax(-1) == best
-                losses[:, start:end], gradient = judge(logits, target)
+                wanted = target if target.ndim == 2 else target.argmax(-1)
+                correct[:, start:end] = logits.argmax(-1) == wanted
+                losses[:, start:end], gradient = loss_and_gradient(logits, target)
                 if gradients:
+                    gradient = gradient if mask is None else gradient.mul_(mask[:, start:end, None])
                     gradient = gradient.to(dtype).flatten(0, 1)  # (rows, V)
                     d_features[:, start:end] = (gradient @ w).view_as(x)
                     add_product(d_weight, gradient.T, x.flatten(0, 1))
@@ -87,16 +144,99 @@ class HeadLosses(torch.autograd.Function):
         if gradients:
             ctx.save_for_backward(d_features, d_weight, d_bias)
             ctx.dtypes = (features.dtype, weight.dtype, bias.dtype)
-        ctx.mark_non_differentiable(losses, hits)
-        return losses.mean(), losses, hits
+            ctx.count = losses.numel() if mask is None else mask.sum()
+        found = samples.result(targets, mask) if samples is not None else (None,) * 4
+        ctx.mark_non_differentiable(*(x for x in (losses, correct, *found) if x is not None))
+        return masked_mean(losses, mask), losses, correct, *found
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_mean: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        d_features, d_weight, d_bias = ctx.saved_tensors
-        scale = d_mean / d_features.shape[:2].numel()
-        found = (g.to(dtype) * scale for g, dtype in zip((d_features, d_weight, d_bias), ctx.dtypes, strict=True))
-        return *found, None, None, None
+        scale = d_mean / ctx.count
+        found = (g.to(dtype) * scale for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return *found, None, None, None, None
+
+
+class Samples:
+    """Tokens sampled chunk by chunk of the logits, as a sampler says."""
+
+    def __init__(self, sampler: Sampler, features: Tensor, linear: Callable[[Tensor], Tensor]):
+        """`linear` is the head in the working precision."""
+        self.sampler, self.linear = sampler, linear
+        self.tokens = torch.full(features.shape[:2], -1, dtype=torch.long, device=features.device)
+        self.likeliest = torch.zeros_like(self.tokens, dtype=torch.bool)
+        self.logits: list[Tensor] = []
+
+    def add(self, start: int, end: int, logits: Tensor) -> None:
+        """Sample the tokens start…end, as far as they are wanted, from their logits (B, end - start, V)."""
+        wanted = self.sampler
+        a, b = max(start, wanted.start), min(end, wanted.end)
+        if a >= b:
+            return
+        logits = logits[:, a - start : b - start]
+        best = logits.argmax(-1)
+        if wanted.unconditional is not None:
+            logits = guide(logits, self.linear(wanted.unconditional[:, a:b]), wanted.weights[a:b])
+        uniforms = None if wanted.uniforms is None else wanted.uniforms[:, a:b]
+        self.tokens[:, a:b] = sample_tokens(logits, wanted.top_k, wanted.top_p, uniforms)
+        self.likeliest[:, a:b] = self.tokens[:, a:b] == best
+        if wanted.keep_logits:
+            self.logits.append(logits)
+
+    def result(self, targets: Tensor, mask: Tensor | None) -> tuple[Tensor | None, ...]:
+        """See `Prediction`: sampled, agreement, accuracy, logits."""
+        span = slice(self.sampler.start, self.sampler.end)
+        counts = None if mask is None else mask[:, span]
+        agreement, accuracy = masked_mean(self.likeliest[:, span], counts), None
+        if targets.ndim == 2:
+            accuracy = masked_mean(self.tokens[:, span] == targets[:, span], counts)
+        tokens = self.tokens if mask is None else torch.where(mask.bool(), self.tokens, targets)
+        return tokens, agreement, accuracy, torch.cat(self.logits, dim=1) if self.logits else None
+
+
+def guide(cond: Tensor, uncond: Tensor, weight: float | Tensor) -> Tensor:
+    """(1 + w)·cond − w·uncond, in fp32: half precision would be coarse against the differences."""
+    return (1 + weight) * cond.float() - weight * uncond.float()
+
+
+def sample_tokens(logits: Tensor, top_k: int, top_p: float, uniforms: Tensor | None = None) -> Tensor:
+    """Draw one token a row after top-k, then top-p on the renormalised rest.
+
+    The draw inverts the cumulative distribution in vocabulary order at a uniform number that the caller supplies,
+    so the token depends on nothing but the logits and that number: not on the batch, the rank or the device.
+
+    Args:
+        logits: (…, V), never written.
+        top_k: keep every logit ≥ the k-th largest, ties included; 1 is greedy, 0 keeps all.
+        top_p: drop the tokens whose ascending cumulative probability is ≤ 1 − p, never the largest; tokens that
+            tie with the last one kept stay. 0 (or 1) keeps all.
+        uniforms: (…,) in [0, 1). May be None when greedy.
+
+    Returns: (…,) int64.
+    """
+    vocabulary = logits.shape[-1]
+    if not 0 <= top_p <= 1 or top_k < 0:
+        raise ValueError(f"need top_k ≥ 0 and 0 ≤ top_p ≤ 1, got {top_k} and {top_p}")
+    if top_k == 1:
+        return logits.argmax(-1)
+    logits = logits.float()
+    weights = (logits - logits.amax(-1, keepdim=True)).exp_()  # the largest is 1
+    nucleus = 0 < top_p < 1
+    if 0 < top_k < vocabulary or nucleus:
+        # Top-k comes before the sort that top-p needs, so that only k values are ever sorted.
+        ranked = weights.topk(min(top_k or vocabulary, vocabulary), dim=-1).values  # descending
+        cut = ranked[..., -1:]
+        if nucleus:
+            mass = weights.masked_fill(weights < cut, 0).sum(-1, keepdim=True)
+            before = ranked.cumsum(-1) - ranked  # the mass ahead of each; 1 − before is its ascending cumulative
+            kept = (before < top_p * mass).sum(-1, keepdim=True)
+            cut = ranked.gather(-1, kept.clamp_(min=1) - 1)
+        weights = weights.masked_fill_(weights < cut, 0)
+    # float64: a parallel float32 sum is not quite monotone, and could land on a token that was cut.
+    cumulative = weights.double().cumsum(-1)
+    target = (1 - uniforms.double().unsqueeze(-1)) * cumulative[..., -1:]  # in (0, total]
+    # Past the end only when a logit is not a number: a token all the same, so that the loss can tell.
+    return torch.searchsorted(cumulative, target).squeeze(-1).clamp_(max=vocabulary - 1)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

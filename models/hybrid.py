@@ -10,20 +10,29 @@ Legend: B batch, n tokens of the first side, L tokens of a schedule, V codebook 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.flexvar import FlexVAR, FlexVARConfig, Read, SamplingState, Task
+from models.flexvar import FlexVAR, FlexVARConfig, SamplingState
+from models.head import Prediction, Sampler, guide, sample_tokens
 from models.layers import attend
-from models.sampling import Draw, guide, sample_tokens
-from models.scales import ScaleSchedule
+from models.sampling import Draw
+from models.scales import ScaleSchedule, shift_all
 
 SHARE_MEAN, SHARE_DEVIATION, SHARE_LEAST = 1.0, 0.25, 0.7  # of the hidden positions: a normal cut to [least, 1]
+
+
+class MaskedInputs(NamedTuple):
+    """Inputs of a parallel pass."""
+
+    shifted: Tensor  # (B, L - n, D) of the finer sides
+    codes: Tensor  # (B, n, D) embeddings of the first side's codes
+    hidden: Tensor  # (B, n) where the mask token stands in their place
 
 
 @dataclass(frozen=True)
@@ -60,53 +69,47 @@ class HybridVAR(FlexVAR):
 
     # ------------------------------------------------------------------------------------------ training
 
-    def task(self, tokens: Tensor, codebook_VD: Tensor, schedule: ScaleSchedule, rng: random.Random) -> Task:
-        """Hide some positions of the first side, and ask for those and for all of the finer sides.
+    def inputs(self, tokens: Tensor, codebook_VD: Tensor, schedule: ScaleSchedule) -> MaskedInputs:
+        """Tokens (B, L) → inputs of the finer sides, and the first side's codes with some positions hidden.
 
-        Their share is drawn from `rng`, the same for all images; in evaluation it is 1. Which positions those are
-        differs from image to image.
+        In training the share that is hidden is drawn anew, the same for all images; in evaluation all are. Which
+        positions those are differs from image to image.
         """
-        return self.hide(tokens, codebook_VD, schedule, draw_share(rng) if self.training else 1.0)
+        share = draw_share() if self.training else 1.0
+        return self.mask(tokens, codebook_VD, schedule, share)
 
-    def hide(self, tokens: Tensor, codebook_VD: Tensor, schedule: ScaleSchedule, share: float) -> Task:
-        """A share of the first side's positions, rounded up, is hidden."""
+    def mask(self, tokens: Tensor, codebook_VD: Tensor, schedule: ScaleSchedule, share: float) -> MaskedInputs:
+        """`inputs` with a share of the first side's positions, rounded up, hidden."""
         n, m = schedule.lengths[0], math.ceil(share * schedule.lengths[0])
-        places = torch.rand(len(tokens), n, device=tokens.device).argsort(1)[:, :m].sort(1).values  # (B, m)
-        hidden = torch.zeros(len(tokens), n, dtype=torch.bool, device=tokens.device).scatter_(1, places, True)
-        finer = torch.arange(n, schedule.total, device=tokens.device).expand(len(tokens), -1)
-        return Task(
-            lengths=(m, *schedule.lengths[1:]),
-            places=torch.cat([places, finer], dim=1),
-            arguments={"codes": F.embedding(tokens[:, :n], codebook_VD), "hidden": hidden},
-        )
+        positions = torch.rand(len(tokens), n, device=tokens.device).argsort(1)[:, :m]  # (B, m)
+        hidden = torch.zeros(len(tokens), n, dtype=torch.bool, device=tokens.device).scatter_(1, positions, True)
+        codes = F.embedding(tokens[:, :n], codebook_VD)
+        return MaskedInputs(shift_all(tokens, codebook_VD, schedule), codes, hidden)
 
     def forward(
         self,
         labels: Tensor,
-        inputs: Tensor,
+        inputs: MaskedInputs,
         schedule: ScaleSchedule,
-        start: bool = True,
-        read: Read | None = None,
+        targets: Tensor | None = None,
         first: int = 0,
-        codes: Tensor | None = None,
-        hidden: Tensor | None = None,
-    ) -> Tensor:
-        """Logits of all scales, or of those from number `first` on: see `FlexVAR.forward`.
-
-        Args, beside FlexVAR's:
-            codes: (B, n, D) embeddings of the first side's codes.
-            hidden: (B, n) where the mask token stands in their place; without it, everywhere.
-        """
+        sampler: Sampler | None = None,
+        start: bool = True,
+        features: bool = False,
+    ) -> Tensor | Prediction:
+        """See `FlexVAR.forward`. Of the first side, the hidden positions alone count in a `Prediction`."""
         assert start, "both sequences begin with a class token"
         condition = self.class_emb(labels)  # (B, C)
         token = self.first_scale(condition, 1, start)
-        parts, groups = [], []
+        parts, groups, mask = [], [], None
         if first == 0:
-            parts += [token, self.first_inputs(len(labels), codes, hidden)]
+            parts += [token, self.first_inputs(len(labels), inputs.codes, inputs.hidden)]
             groups.append(1 + schedule.lengths[0])
+            mask = F.pad(inputs.hidden, (0, schedule.total - schedule.lengths[0]), value=True).float()
         finer = schedule.sides[1:]
         if finer:
-            parts += [token, self.word_embed(inputs.to(self.word_embed.weight.dtype)) + self.positions(finer)]
+            shifted = inputs.shifted[:, : schedule.total - schedule.lengths[0]]
+            parts += [token, self.word_embed(shifted.to(self.word_embed.weight.dtype)) + self.positions(finer)]
         attention = HybridAttention(groups, schedule.lengths[1:], self.config.cross_scale)
         modulations = [block.ada_lin(condition) for block in self.blocks]
         x = self.through_blocks(torch.cat(parts, dim=1), modulations, [attention] * len(self.blocks))
@@ -114,15 +117,12 @@ class HybridVAR(FlexVAR):
             x = torch.cat([x[:, 1 : groups[0]], x[:, groups[0] + 1 :]], dim=1)  # (B, L, C)
         else:
             x = x[:, 1 + schedule.offsets[first] - schedule.lengths[0] :]
-        x = self.head_nm(x, self.head_nm.ada_lin(condition))
-        return read(x, self.head) if read else self.head(x)
+        return self.answer(self.head_nm(x, self.head_nm.ada_lin(condition)), targets, sampler, features, mask)
 
-    def first_inputs(self, batch: int, codes: Tensor | None, hidden: Tensor | None) -> Tensor:
+    def first_inputs(self, batch: int, codes: Tensor, hidden: Tensor) -> Tensor:
         """The first side's tokens (B, n, C): the mask token where hidden, else the code, and the position."""
-        n = self.config.first_side**2
-        x = self.mask_token.expand(batch, n, -1)
-        if codes is not None:
-            x = torch.where(hidden.unsqueeze(-1), x, self.word_embed(codes.to(self.word_embed.weight.dtype)))
+        x = self.mask_token.expand(batch, self.config.first_side**2, -1)
+        x = torch.where(hidden.unsqueeze(-1), x, self.word_embed(codes.to(self.word_embed.weight.dtype)))
         return x + (self.positions((self.config.first_side,)) if self.config.shared_positions else self.pos_first)
 
     # ------------------------------------------------------------------------------------------ sampling
@@ -208,10 +208,10 @@ class CachedHybridAttention:
         return attend(q, k, v)
 
 
-def draw_share(rng: random.Random) -> float:
+def draw_share() -> float:
     """The share of the first side to hide: from a normal, drawn again until it lies within [0.7, 1]."""
     while True:
-        share = rng.gauss(SHARE_MEAN, SHARE_DEVIATION)
+        share = SHARE_MEAN + SHARE_DEVIATION * float(torch.randn((), device="cpu"))
         if SHARE_LEAST <= share <= 1:
             return share
 

@@ -1,4 +1,4 @@
-"""Drawing tokens and images: guidance, top-k/top-p, and the walk over the scales.
+"""Drawing images: guidance over the scales, and the walk over them.
 
 Legend: B batch, L tokens of a schedule, V codebook rows, s side of a scale.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.flexvar import FlexVAR, SamplingState, check_labels
+from models.head import guide, sample_tokens
 from models.scales import ScaleSchedule, shift_up
 from models.vqvae import VQVAE
 
@@ -79,51 +80,6 @@ class Draw:
     def greedy(self, s: int) -> bool:
         """True where the released models' rule takes side s greedily."""
         return self.max_pn is not None and (s > self.max_pn or s not in SAMPLED_SIDES)
-
-
-def guide(cond: Tensor, uncond: Tensor, weight: float | Tensor) -> Tensor:
-    """(1 + w)·cond − w·uncond, in fp32: half precision would be coarse against the differences."""
-    return (1 + weight) * cond.float() - weight * uncond.float()
-
-
-def sample_tokens(logits: Tensor, top_k: int, top_p: float, uniforms: Tensor | None = None) -> Tensor:
-    """Draw one token a row after top-k, then top-p on the renormalised rest.
-
-    The draw inverts the cumulative distribution in vocabulary order at a uniform number that the caller supplies,
-    so the token depends on nothing but the logits and that number: not on the batch, the rank or the device.
-
-    Args:
-        logits: (…, V), never written.
-        top_k: keep every logit ≥ the k-th largest, ties included; 1 is greedy, 0 keeps all.
-        top_p: drop the tokens whose ascending cumulative probability is ≤ 1 − p, never the largest; tokens that
-            tie with the last one kept stay. 0 (or 1) keeps all.
-        uniforms: (…,) in [0, 1). May be None when greedy.
-
-    Returns: (…,) int64.
-    """
-    vocabulary = logits.shape[-1]
-    if not 0 <= top_p <= 1 or top_k < 0:
-        raise ValueError(f"need top_k ≥ 0 and 0 ≤ top_p ≤ 1, got {top_k} and {top_p}")
-    if top_k == 1:
-        return logits.argmax(-1)
-    logits = logits.float()
-    weights = (logits - logits.amax(-1, keepdim=True)).exp_()  # the largest is 1
-    nucleus = 0 < top_p < 1
-    if 0 < top_k < vocabulary or nucleus:
-        # Top-k comes before the sort that top-p needs, so that only k values are ever sorted.
-        ranked = weights.topk(min(top_k or vocabulary, vocabulary), dim=-1).values  # descending
-        cut = ranked[..., -1:]
-        if nucleus:
-            mass = weights.masked_fill(weights < cut, 0).sum(-1, keepdim=True)
-            before = ranked.cumsum(-1) - ranked  # the mass ahead of each; 1 − before is its ascending cumulative
-            kept = (before < top_p * mass).sum(-1, keepdim=True)
-            cut = ranked.gather(-1, kept.clamp_(min=1) - 1)
-        weights = weights.masked_fill_(weights < cut, 0)
-    # float64: a parallel float32 sum is not quite monotone, and could land on a token that was cut.
-    cumulative = weights.double().cumsum(-1)
-    target = (1 - uniforms.double().unsqueeze(-1)) * cumulative[..., -1:]  # in (0, total]
-    # Past the end only when a logit is not a number: a token all the same, so that the loss can tell.
-    return torch.searchsorted(cumulative, target).squeeze(-1).clamp_(max=vocabulary - 1)
 
 
 def image_uniforms(seeds: Sequence[int], total: int, device: torch.device) -> Tensor:

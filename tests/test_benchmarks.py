@@ -11,7 +11,7 @@ from benchmarks.common import Clock, Ruler, forward_flops
 from benchmarks.data import speed, write_cache
 from benchmarks.sample import sort_everything
 from models import FlexVARConfig
-from models.sampling import sample_tokens
+from models.head import sample_tokens
 from models.scales import DEFAULT_SCHEDULE
 from tests.conftest import run
 

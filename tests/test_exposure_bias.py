@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from models import Draw, SARPipeline
-from models.sampling import image_uniforms, sample_tokens, walk
+from models.head import sample_tokens
+from models.sampling import image_uniforms, walk
 from models.scales import ScaleSchedule, shift_all
 from utils.config import DataConfig
 from utils.data import encode_batch, open_dataset, plain_images

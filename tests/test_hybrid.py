@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from evaluate import main as evaluate
 from models import Guidance, ScaleSchedule, generate
-from models.flexvar import Task
-from models.hybrid import HybridConfig, HybridVAR, draw_share
+from models.head import Sampler
+from models.hybrid import HybridConfig, HybridVAR, MaskedInputs, draw_share
 from models.pipeline import SARPipeline, open_pipeline
 from models.sampling import Draw, sample_codes
 from models.scales import shift_all
@@ -44,31 +44,29 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_what_is_hidden_is_what_is_asked(model, batch):
-    _, tokens, codebook = batch
+    labels, tokens, codebook = batch
     for share, m in ((0.0, 0), (0.6, 3), (1.0, 4)):
-        task = model.hide(tokens, codebook, SCHEDULE, share)
-        assert task.lengths == (m, 9, 16)
-        assert (task.arguments["hidden"].sum(1) == m).all()
-        asked = task.pick(torch.arange(SCHEDULE.total).expand(4, -1))
-        assert (asked[:, m:] == torch.arange(4, SCHEDULE.total)).all()  # all of the finer sides
-        for row, hidden in zip(asked[:, :m], task.arguments["hidden"], strict=True):
-            assert row.tolist() == hidden.nonzero().flatten().tolist()
-    places = {tuple(model.hide(tokens, codebook, SCHEDULE, 0.5).places[0, :2].tolist()) for _ in range(40)}
-    assert len(places) == 6  # any two of four
+        inputs = model.mask(tokens, codebook, SCHEDULE, share)
+        assert (inputs.hidden.sum(1) == m).all()
+        asked = model(labels, inputs, SCHEDULE, tokens).mask.bool()
+        assert torch.equal(asked[:, :4], inputs.hidden)
+        assert asked[:, 4:].all()  # all of the finer sides
+    found = {tuple(model.mask(tokens, codebook, SCHEDULE, 0.5).hidden[0].tolist()) for _ in range(40)}
+    assert len(found) == 6  # any two of four
 
 
-def test_answers_go_back_to_their_places(model, batch):
-    _, tokens, codebook = batch
-    task = model.hide(tokens, codebook, SCHEDULE, 0.5)
-    found = task.put(-task.pick(tokens) - 1, tokens)
-    hidden = F.pad(task.arguments["hidden"], (0, SCHEDULE.total - 4), value=True)
-    assert torch.equal(found, torch.where(hidden, -tokens - 1, tokens))
-    assert torch.equal(Task(SCHEDULE.lengths).put(tokens, tokens), tokens)
+def test_what_is_sampled_stands_among_the_true_codes(model, batch):
+    """A rollout at the hidden positions; the truth at those that the model was shown."""
+    labels, tokens, codebook = batch
+    inputs = model.mask(tokens, codebook, SCHEDULE, 0.5)
+    found = model(labels, inputs, SCHEDULE, tokens, sampler=Sampler(0, SCHEDULE.total)).sampled
+    hidden = F.pad(inputs.hidden, (0, SCHEDULE.total - 4), value=True)
+    assert torch.equal(found, torch.where(hidden, model(labels, inputs, SCHEDULE).argmax(-1), tokens))
 
 
 def test_shares_are_a_normal_cut_to_its_range():
-    rng = random.Random(0)
-    shares = [draw_share(rng) for _ in range(4000)]
+    torch.manual_seed(0)
+    shares = [draw_share() for _ in range(4000)]
     assert min(shares) >= 0.7
     assert max(shares) <= 1
     generator = random.Random(1)
@@ -79,14 +77,11 @@ def test_shares_are_a_normal_cut_to_its_range():
 def test_a_hidden_input_does_not_know_its_code(model, batch):
     """No gradient reaches the embedding of a hidden position; of a revealed one it does."""
     labels, tokens, codebook = batch
-    task = model.hide(tokens, codebook, SCHEDULE, 0.5)
-    codes = task.arguments["codes"].requires_grad_()
-    logits = model(
-        labels, shift_all(tokens, codebook, SCHEDULE), SCHEDULE, codes=codes, hidden=task.arguments["hidden"]
-    )
-    logits[:, :4].sum().backward()
-    assert (codes.grad[task.arguments["hidden"]] == 0).all()
-    assert (codes.grad[~task.arguments["hidden"]] != 0).any(-1).all()
+    inputs = model.mask(tokens, codebook, SCHEDULE, 0.5)
+    codes = inputs.codes.requires_grad_()
+    model(labels, inputs, SCHEDULE)[:, :4].sum().backward()
+    assert (codes.grad[inputs.hidden] == 0).all()
+    assert (codes.grad[~inputs.hidden] != 0).any(-1).all()
 
 
 def test_who_sees_whom(model, batch):
@@ -96,7 +91,7 @@ def test_who_sees_whom(model, batch):
     codes = F.embedding(tokens[:, :4], codebook).requires_grad_()
     hidden = torch.zeros(4, 4, dtype=torch.bool)
     seen = []
-    for part in SCHEDULE.split(model(labels, inputs, SCHEDULE, codes=codes, hidden=hidden)):
+    for part in SCHEDULE.split(model(labels, MaskedInputs(inputs, codes, hidden), SCHEDULE)):
         found = torch.autograd.grad(part.square().sum(), (codes, inputs), retain_graph=True, materialize_grads=True)
         seen.append([bool(g.any()) for g in (found[0], *found[1].split((9, 16), 1))])
     cross = model.config.cross_scale
@@ -114,14 +109,13 @@ def test_loss_by_the_obvious_formula(flags, tmp_path):
     trainer.model.eval()
     for share in (0.25, 0.75, 1.0):
         torch.manual_seed(1)
-        task = trainer.model.hide(tokens, trainer.codebook, schedule, share)
-        trainer.task = lambda *_, task=task: task
+        inputs = trainer.model.mask(tokens, trainer.codebook, schedule, share)
+        trainer.inputs = lambda *_, inputs=inputs: inputs
         loss, metrics = trainer.compute_loss(batch, schedule)
         with torch.no_grad():
-            inputs = shift_all(tokens, trainer.codebook, schedule)
-            logits = trainer.model(labels, inputs, schedule, **task.arguments)
+            logits = trainer.model(labels, inputs, schedule)
         each = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
-        hidden = task.arguments["hidden"]
+        hidden = inputs.hidden
         kept = torch.cat([each[:, :4][hidden], each[:, 4:].flatten()])
         assert loss.item() == pytest.approx(kept.mean().item(), rel=1e-5)
         assert metrics["loss_side/2"].item() == pytest.approx(each[:, :4][hidden].mean().item(), rel=1e-5)
@@ -134,7 +128,10 @@ def test_held_out_everything_is_hidden(batch):
     tokens = torch.zeros(len(labels), schedule.total, dtype=torch.long)
 
     def hidden(seed):
-        return model.task(tokens, codebook, schedule, random.Random(seed)).lengths[0]
+        torch.manual_seed(seed)
+        counts = model.inputs(tokens, codebook, schedule).hidden.sum(1)
+        assert (counts == counts[0]).all()  # the same for all images
+        return int(counts[0])
 
     assert {hidden(seed) for seed in range(12)} == {64}
     model.train()
@@ -144,7 +141,7 @@ def test_held_out_everything_is_hidden(batch):
 
 def test_second_pass_runs_the_finer_sides_only(model, batch):
     labels, tokens, codebook = batch
-    inputs = shift_all(tokens, codebook, SCHEDULE)
+    inputs = model.inputs(tokens, codebook, SCHEDULE)
     whole = model(labels, inputs, SCHEDULE)
     assert torch.allclose(model(labels, inputs, SCHEDULE, first=1), whole[:, 4:], atol=1e-5)
     assert torch.allclose(model(labels, inputs, SCHEDULE, first=2), whole[:, 13:], atol=1e-5)
@@ -158,7 +155,7 @@ def test_sampling_walks_as_training_sees(model, batch):
     hidden = torch.tensor([True, False, False, True]).expand(4, -1)
     codes = F.embedding(tokens[:, :4], codebook)
     with torch.no_grad():
-        whole = SCHEDULE.split(model(labels, inputs, SCHEDULE, codes=codes, hidden=hidden))
+        whole = SCHEDULE.split(model(labels, MaskedInputs(inputs, codes, hidden), SCHEDULE))
         assert torch.allclose(model.first_logits(state, codes, hidden, 1)[0], whole[0], atol=1e-5)
         for s, x, wanted in zip((3, 4), inputs.split((9, 16), 1), whole[1:], strict=True):
             assert torch.allclose(model.step(state, x, s), wanted, atol=1e-5)

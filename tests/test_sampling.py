@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from models.sampling import Draw, Guidance, evaluating, generate, image_uniforms, sample_codes, sample_tokens, walk
+from models.head import sample_tokens
+from models.sampling import Draw, Guidance, evaluating, generate, image_uniforms, sample_codes, walk
 from models.scales import ScaleSchedule, shift_all
 from tests.conftest import worst
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.flexvar import Task
-from models.sampling import Guidance, sample_tokens
+from models.head import Prediction, sample_tokens
+from models.sampling import Guidance
 from models.scales import ScaleSchedule, shift_all, shift_up
-from sar_trainer import Rollout, SARTrainer
+from sar_trainer import SARTrainer
 from tests.conftest import ALONE, config_of, worst
 from train import TRAINERS, build
 from trainer import Trainer
@@ -33,11 +33,9 @@ def batch_of(expected, schedule):
     return CodeBatch(expected["labels"], codes)
 
 
-def rollout_of(trainer, tokens):
-    """A rollout that is given, not drawn."""
-    rollout = Rollout(trainer.config.sar, tokens, 0, tokens.shape[1])
-    rollout.tokens = tokens
-    return rollout
+def teacher_with(tokens, logits=None):
+    """A teacher's pass whose rollout is given, not sampled."""
+    return Prediction(torch.zeros(()), torch.zeros(()), torch.zeros(()), sampled=tokens, logits=logits)
 
 
 def plain_step(trainer, model, batch, schedule, seed):
@@ -122,9 +120,9 @@ def test_both_second_passes_equal_the_released_ones(ssr, reference, expected, sc
     trainer = reference("--rollout=argmax", f"--ssr={ssr}", "--csf_weight=0.25")
     seen, network = {}, trainer.network
 
-    def spy(labels, inputs, sides, start, read, first):
-        seen["inputs"], seen["logits"] = inputs, network(labels, inputs, sides, start)
-        return network(labels, inputs, sides, start, read, first)
+    def spy(labels, inputs, sides, targets, first, sampler, start):
+        seen["inputs"], seen["logits"] = inputs, network(labels, inputs, sides, start=start)
+        return network(labels, inputs, sides, targets, first, sampler, start)
 
     trainer.network = spy
     with torch.no_grad():
@@ -140,11 +138,10 @@ def test_both_second_passes_equal_the_released_ones(ssr, reference, expected, sc
 
 
 def roll_out(trainer, expected, schedule):
-    """The rollout of a trainer's teacher pass."""
+    """The tokens (B, L) that a trainer samples from its teacher pass."""
     tokens, inputs, labels = expected["vae.codes"], expected["teacher.inputs"], expected["labels"]
-    rollout = trainer.plan(tokens, inputs, labels, schedule, Task(schedule.lengths))
-    trainer.token_loss(labels, inputs, schedule, tokens, look=rollout.look)
-    return rollout
+    sampler = trainer.rollout_sampler(labels, inputs, schedule)
+    return trainer.predict(labels, inputs, tokens, schedule, sampler=sampler).sampled
 
 
 def test_rollouts_by_their_definitions(reference, model, expected, schedule):
@@ -159,12 +156,12 @@ def test_rollouts_by_their_definitions(reference, model, expected, schedule):
     ]:
         trainer = reference(*flags)
         torch.manual_seed(3)
-        found = roll_out(trainer, expected, schedule).tokens
+        found = roll_out(trainer, expected, schedule)
         torch.manual_seed(3)
         assert torch.equal(found, sample_tokens(logits, 20, 0.9, torch.rand(2, 30)))
     assert Guidance("half_ramp", 2.0).weights(schedule.sides) == pytest.approx(weights)
     argmax = roll_out(reference("--rollout=argmax"), expected, schedule)
-    assert torch.equal(argmax.tokens, expected["student.rollout_argmax"])
+    assert torch.equal(argmax, expected["student.rollout_argmax"])
 
 
 def test_only_the_scales_that_the_second_pass_needs_are_drawn(reference, model, expected, schedule):
@@ -177,7 +174,7 @@ def test_only_the_scales_that_the_second_pass_needs_are_drawn(reference, model, 
         (["--ssr=last", "--csf_target=ground_truth"], range(5, 14), 14),
     ]:
         rollout = roll_out(reference(*flags), expected, schedule)
-        assert (rollout.tokens[0] >= 0).nonzero().flatten().tolist() == list(drawn)
+        assert (rollout[0] >= 0).nonzero().flatten().tolist() == list(drawn)
         assert lengths.pop() == passed
 
 
@@ -192,9 +189,7 @@ def test_ground_truth_target(reference, expected, schedule):
 def test_no_gradient_flows_through_the_rollout(reference, model, expected, schedule):
     trainer = reference("--rollout=cfg", "--csf_weight=1")
     rollout = roll_out(trainer, expected, schedule)
-    csf, _ = trainer.student_loss(rollout, expected["vae.codes"], expected["labels"], schedule, Task(schedule.lengths))
-    rollout = rollout.tokens
-    csf.backward()
+    trainer.student(expected["labels"], teacher_with(rollout), expected["vae.codes"], schedule).loss.backward()
     found = model.head.weight.grad.clone()
     model.zero_grad()
     inputs = shift_all(rollout, trainer.codebook, schedule)
@@ -254,38 +249,22 @@ def test_one_scale_has_no_second_pass(reference, expected):
     assert "loss_csf" not in metrics
 
 
-def test_a_random_transition_is_a_released_pass_of_that_transition(reference, expected, schedule):
-    trainer, labels = reference("--ssr=random"), expected["labels"]
-    rollout = rollout_of(trainer, expected["student.rollout_argmax"])
-    seen = set()
-    for trainer.step in range(20):
-        loss, metrics = trainer.student_loss(rollout, expected["vae.codes"], labels, schedule, Task(schedule.lengths))
-        (side,) = (int(name.split("/")[1]) for name in metrics if name.startswith("loss_side/"))
-        seen.add(side)
-        if side == 4:
-            assert worst(loss.detach().view(1), expected["student.csf_loss_last"]) < 1e-5
-    assert seen == {2, 3, 4}
-
-
 def test_soft_targets_are_a_kl_and_one_hot_ones_the_hard_loss(reference, expected, schedule):
     trainer, labels = reference("--csf_target=teacher_soft"), expected["labels"]
-    rollout = rollout_of(trainer, expected["student.rollout_argmax"])
-    rollout.kept = [F.one_hot(rollout.tokens, 128).float() * 1e4]  # as logits: all the mass on one token
-    soft, _ = trainer.student_loss(rollout, expected["vae.codes"], labels, schedule, Task(schedule.lengths))
+    rollout = expected["student.rollout_argmax"]
+    hot = F.one_hot(rollout, 128).float() * 1e4  # as logits: all the mass on one token
+    soft = trainer.student(labels, teacher_with(rollout, hot), expected["vae.codes"], schedule).loss
     assert worst(soft.detach().view(1), expected["student.csf_loss_all"]) < 1e-5
     teacher, student = (expected[n][:, 1:].log_softmax(-1) for n in ("teacher.logits", "student.logits_all"))
     kl = (teacher.exp() * (teacher - student)).sum(-1).mean()
-    rollout.kept = [expected["teacher.logits"]]
-    found, _ = trainer.student_loss(rollout, expected["vae.codes"], labels, schedule, Task(schedule.lengths))
-    assert found.item() == pytest.approx(kl.item(), rel=1e-4)
+    found = trainer.student(labels, teacher_with(rollout, expected["teacher.logits"]), expected["vae.codes"], schedule)
+    assert found.loss.item() == pytest.approx(kl.item(), rel=1e-4)
 
 
 def test_deeper_rollouts_feed_on_the_students_own_tokens(reference, model, expected, schedule):
     trainer, labels = reference("--rollout=argmax", "--ssr_steps=2"), expected["labels"]
     rollout = expected["student.rollout_argmax"]
-    found, _ = trainer.student_loss(
-        rollout_of(trainer, rollout), expected["vae.codes"], labels, schedule, Task(schedule.lengths)
-    )
+    found = trainer.student(labels, teacher_with(rollout), expected["vae.codes"], schedule).loss
     drawn = expected["student.logits_all"].argmax(-1)
     again = shift_all(torch.cat([rollout[:, :1], drawn[:, 1:]], 1), trainer.codebook, schedule)
     second = F.cross_entropy(model(labels, again, schedule)[:, 1:].flatten(0, 1), rollout[:, 1:].flatten())
@@ -297,9 +276,8 @@ def test_deeper_rollouts_are_guided_like_the_first(reference, model, expected, s
     flags = ["--rollout=cfg", "--ssr_steps=3", "--sf_top_k=20", "--sf_top_p=0.9", "--sf_cfg_scale=2"]
     trainer, labels, truth = reference(*flags), expected["labels"], expected["vae.codes"]
     rollout = expected["student.rollout_argmax"]
-    given = rollout_of(trainer, rollout)
     torch.manual_seed(3)
-    found, _ = trainer.student_loss(given, truth, labels, schedule, Task(schedule.lengths))
+    found = trainer.student(labels, teacher_with(rollout), truth, schedule).loss
     torch.manual_seed(3)
     weights = [2.0 * 0.5 * (1 + i / 3) for i in range(4)]
     fed, losses = rollout, []
@@ -313,13 +291,3 @@ def test_deeper_rollouts_are_guided_like_the_first(reference, model, expected, s
             drawn = sample_tokens(guided[:, 1:14], 20, 0.9, torch.rand(2, 29)[:, :13])  # side 4 feeds nothing
             fed = torch.cat([rollout[:, :1], drawn, rollout[:, 14:]], dim=1)
     assert found.item() == pytest.approx(sum(losses).item() / 3, rel=1e-5)
-
-
-def test_gamma_grows_to_its_weight(reference):
-    trainer = reference("--csf_weight=0.5", "--csf_ramp=0.5")
-    trainer.total_steps = 20
-    found = []
-    for trainer.step in (0, 5, 10, 19):
-        found.append(trainer.gamma())
-    assert found == [0, 0.25, 0.5, 0.5]
-    assert reference("--csf_weight=0.5").gamma() == 0.5

@@ -14,7 +14,6 @@ from train import build, main
 from trainer import Trainer
 from utils.checkpoint import newest_checkpoint
 from utils.data import CodeBatch, encode_batch, open_dataset
-from utils.distributed import Ranks
 from utils.loop import Loop
 from utils.weights import save_weights
 
@@ -232,11 +231,6 @@ def test_errors_of_a_user_are_one_line(flags):
     assert done.returncode == 1
     assert done.stderr.strip().startswith("error: no weight file nowhere.pth")
     assert "Traceback" not in done.stderr
-
-
-def test_mean_over_ranks_is_the_value_on_one():
-    values = torch.tensor([1.0, 2.0])
-    assert torch.equal(Ranks(0, 1, CPU).mean(values), values)
 
 
 @pytest.mark.parametrize("fails", ["held_out", "picture"])

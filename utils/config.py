@@ -128,9 +128,8 @@ class SARConfig(Flags):
     other step's, every other scale's, or those of the sides from SF_HYBRID_FROM on"""
     sf_hybrid_from: int = 8  # sf_hybrid: the first side whose input is self-generated (k of Table 3's hybrid@k)
     csf_weight: float = alias(0.01, "--sigma")  # γ, the weight of the contrastive student-forcing loss
-    csf_ramp: float = 0.0  # γ grows from 0 over this fraction of the run
-    ssr: Literal["all", "last", "random"] = "all"
-    """stagger-scale rollout: second pass over all scales (paper), the last transition (released), or a random one"""
+    ssr: Literal["all", "last"] = "all"
+    """stagger-scale rollout: second pass over all scales (paper), or the last transition (released)"""
     ssr_steps: int = 1  # with --ssr all: passes on rollouts of rollouts
     rollout: Literal["argmax", "sample", "cfg"] = "cfg"  # how tokens are drawn from the teacher's logits
     csf_target: Literal["teacher", "ground_truth", "teacher_soft"] = "teacher"
@@ -141,18 +140,15 @@ class SARConfig(Flags):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, csf_weight=0, csf_ramp=0, ssr_steps=1, sf_top_k=0, sf_top_p=0, sf_cfg_scale=0, sf_hybrid_from=1)
-        if self.sf_top_p > 1 or self.csf_ramp > 1:
-            raise ValueError(f"--sf_top_p and --csf_ramp are at most 1, got {self.sf_top_p} and {self.csf_ramp}")
+        at_least(self, csf_weight=0, ssr_steps=1, sf_top_k=0, sf_top_p=0, sf_cfg_scale=0, sf_hybrid_from=1)
+        at_most(self, sf_top_p=1)
         mode = self.training_mode
         rollout = ["rollout", "sf_top_k", "sf_top_p", "sf_cfg_scale"]
-        only_with(
-            self, mode == "csfl", "--training_mode csfl", ["csf_weight", "csf_ramp", "ssr", "ssr_steps", "csf_target"]
-        )
+        only_with(self, mode == "csfl", "--training_mode csfl", ["csf_weight", "ssr", "ssr_steps", "csf_target"])
         only_with(self, mode != "teacher_forcing", "--training_mode csfl or sf_…", rollout)
         only_with(self, mode == "sf_hybrid", "--training_mode sf_hybrid", ["sf_hybrid_from"])
         weighted = mode != "csfl" or self.csf_weight > 0
-        only_with(self, weighted, "--csf_weight above 0", [*rollout, "csf_ramp", "ssr", "ssr_steps", "csf_target"])
+        only_with(self, weighted, "--csf_weight above 0", [*rollout, "ssr", "ssr_steps", "csf_target"])
         only_with(self, self.rollout != "argmax", "--rollout sample or cfg", ["sf_top_k", "sf_top_p"])
         only_with(self, self.sf_top_k != 1, "another --sf_top_k than 1, the greedy one", ["sf_top_p"])
         only_with(self, self.rollout == "cfg", "--rollout cfg", ["sf_cfg_scale"])

@@ -36,7 +36,7 @@ CHANGED: dict[str, tuple[str, list[str]]] = {
     "precision": ("bf16", []), "ema": ("0.5", []),
     "training_mode": ("sf_full", ["--csf_weight=0.01"]),
     "sf_hybrid_from": ("1", ["--training_mode=sf_hybrid", "--csf_weight=0.01"]),
-    "csf_weight": ("3", []), "csf_ramp": ("0.9", []), "ssr": ("last", []), "ssr_steps": ("2", []),
+    "csf_weight": ("3", []), "ssr": ("last", []), "ssr_steps": ("2", []),
     "rollout": ("argmax", []), "csf_target": ("ground_truth", []),
     "sf_top_k": ("2", []), "sf_top_p": ("0.1", []), "sf_cfg_scale": ("30", []),
     "code_cache": ("codes", ["--seed=3"]), "checkpoint_activations": ("true", []),

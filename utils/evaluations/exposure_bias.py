@@ -5,16 +5,16 @@ Legend: N images, B of them at a time, L tokens of a schedule, s side of a scale
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from models.head import Linear, head_losses
+from models.head import Prediction, Sampler, chunks
 from models.pipeline import SARPipeline, class_names, open_pipeline
 from models.sampling import Draw, Edit, evaluating, image_uniforms, walk
-from models.scales import ScaleSchedule, shift_all
+from models.scales import ScaleSchedule
 from utils.config import DataConfig
 from utils.data import Views, encode_batch, open_dataset, plain_batches, plain_images
 from utils.run_record import find_run
@@ -75,48 +75,39 @@ class HeldOut:
             yield tuple(part.to(self.pipeline.device) for part in parts)
 
     @torch.no_grad()
-    def look(self, fed: Tensor, see: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `see` makes of the logits (B, n, V) of some tokens, (B, n), for all tokens (N, L) when tokens `fed`
-        (N, L) make the inputs."""
-        model, found = self.pipeline.model, []
-        for labels, part, truth in self.batches(fed, self.tokens):
-            seen: list[Tensor] = []
+    def predict(
+        self, fed: Tensor, sampler: Sampler | None = None, scales: int = 0, first: int = 0
+    ) -> Iterator[Prediction]:
+        """Predictions of the true tokens, a batch at a time, when tokens `fed` (N, L) make the inputs.
 
-            def keep(start: int, end: int, logits: Tensor, head: Linear, seen: list[Tensor] = seen) -> None:
-                seen.append(see(logits))
+        Of the scales from number `first` on; `scales`: pass the first so many through the model only, 0: all.
+        """
+        model, codebook = self.pipeline.model, self.pipeline.vae.codebook
+        part = ScaleSchedule(self.schedule.sides[: scales or None])
+        span = slice(part.offsets[first], part.total)
+        with evaluating(model):
+            for labels, tokens, truth in self.batches(fed[:, : part.total], self.tokens[:, span]):
+                yield model(labels, model.inputs(tokens, codebook, part), part, truth, first, sampler)
 
-            inputs = shift_all(part, self.pipeline.vae.codebook, self.schedule)
-            with evaluating(model):
-                model(labels, inputs, self.schedule, read=lambda x, head, t=truth, k=keep: head_losses(x, head, t, k))
-            found.append(torch.cat(seen, dim=1).cpu())
-        return torch.cat(found)
+    def nll(self, fed: Tensor, scales: int = 0, first: int = 0) -> Tensor:
+        """NLL of the true tokens (N, n): see `predict`."""
+        return torch.cat([found.losses.cpu() for found in self.predict(fed, None, scales, first)])
 
     def predictions(self, fed: Tensor) -> Tensor:
         """The likeliest tokens (N, L) when tokens `fed` (N, L) make the inputs."""
-        return self.look(fed, lambda logits: logits.argmax(-1))
-
-    def entropy(self) -> list[float]:
-        """Mean entropy of each side's predictions after true inputs, in nats."""
-        found = self.look(self.tokens, lambda logits: torch.special.entr(logits.float().softmax(-1)).sum(-1))
-        return per_side(found, self.schedule)
+        greedy = Sampler(0, self.schedule.total)
+        return torch.cat([found.sampled.cpu() for found in self.predict(fed, greedy)])
 
     @torch.no_grad()
-    def nll(self, fed: Tensor, scales: int = 0, first: int = 0) -> Tensor:
-        """NLL of the true tokens when tokens `fed` (N, L) make the inputs: (N, n) of the scales from number `first` on.
-
-        `scales`: pass the first so many through the model only; 0: all.
-        """
+    def entropy(self) -> list[float]:
+        """Mean entropy of each side's predictions after true inputs, in nats."""
         model, codebook, found = self.pipeline.model, self.pipeline.vae.codebook, []
-        part = ScaleSchedule(self.schedule.sides[: scales or None])
-        span = slice(part.offsets[first], part.total)
-        for labels, tokens, truth in self.batches(fed[:, : part.total], self.tokens[:, span]):
-            inputs = shift_all(tokens, codebook, part)
+        for labels, tokens in self.batches(self.tokens):
             with evaluating(model):
-                losses = model(
-                    labels, inputs, part, read=lambda x, head, t=truth: head_losses(x, head, t)[1], first=first
-                )
-            found.append(losses.cpu())
-        return torch.cat(found)
+                x = model(labels, model.inputs(tokens, codebook, self.schedule), self.schedule, features=True)
+            parts = [model.head(x[:, a:b]).float().softmax(-1) for a, b in chunks(*x.shape[:2])]
+            found.append(torch.cat([torch.special.entr(p).sum(-1) for p in parts], dim=1).cpu())
+        return per_side(torch.cat(found), self.schedule)
 
     @torch.no_grad()
     def drawn(self, seed: int, top_k: int = 0, on_truth: bool = False) -> Tensor:
