@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from models.flexvar import FlexVAR
-from models.hybrid import transformer_config
+from models.generators import GENERATORS, recognise
 from models.pipeline import class_names
 from models.scales import DEFAULT_SCHEDULE
 from models.vqvae import VQVAE
@@ -30,7 +30,7 @@ from utils.flags import changed, parse
 from utils.loop import start
 from utils.optim import derive_seed
 from utils.run_record import find_run
-from utils.weights import digest_of, find_weights, flexvar_config, load_strictly, load_tokenizer, read_state_dict
+from utils.weights import digest_of, find_weights, load_strictly, load_tokenizer, read_state_dict
 
 TRAINERS = {"teacher_forcing": Trainer, "csfl": SARTrainer, **STUDENT_FORCING}
 
@@ -40,7 +40,7 @@ def build_model(config: TrainConfig, vae: VQVAE, classes_of_data: list[str]) -> 
     wanted, data_classes = config.model, len(classes_of_data)
     before = last_facts(config.run.directory)  # a run that goes on reads its own weights: see `Loop.resume`
     weights = read_state_dict(wanted.init_ckpt) if wanted.init_ckpt and not before else None
-    saved_classes = flexvar_config(weights, wanted.init_ckpt).num_classes if weights else before.get("model_classes", 0)
+    saved_classes = recognise(weights, wanted.init_ckpt).num_classes if weights else before.get("model_classes", 0)
     reset = wanted.reset_class_embedding and weights is not None
     classes = wanted.num_classes or (0 if reset else saved_classes) or data_classes
     if data_classes > classes:
@@ -60,13 +60,7 @@ def build_model(config: TrainConfig, vae: VQVAE, classes_of_data: list[str]) -> 
         "aln": wanted.aln,
         "alng": wanted.alng,
     }
-    if wanted.model == "hybrid":
-        sizes |= {
-            "first_side": wanted.first_side,
-            "shared_positions": wanted.hybrid_shared_positions,
-            "cross_scale": wanted.hybrid_cross_scale,
-        }
-    model = transformer_config(sizes).build()
+    model = GENERATORS[wanted.model].from_flags(wanted, **sizes).build()
     if reset:  # rows as they were drawn; the unconditional class, the last one, is known
         weights["class_emb.weight"] = torch.cat(
             [model.class_emb.weight[:-1], weights["class_emb.weight"][-1:]]

@@ -1,29 +1,27 @@
 """The tokenizer, the transformer, and how to sample from them."""
 
-from models.editing import inpaint
-from models.flexvar import FlexVAR, FlexVARConfig
-from models.head import sample_tokens
-from models.pipeline import SARPipeline, open_pipeline
-from models.released import build_vae_var
-from models.sampling import Draw, Guidance, generate
-from models.scales import DEFAULT_SCHEDULE, ScaleSchedule, draw_schedule, shift_up
-from models.vqvae import VQVAE, VQVAEConfig
+from importlib import import_module
 
-__all__ = [
-    "DEFAULT_SCHEDULE",
-    "VQVAE",
-    "Draw",
-    "FlexVAR",
-    "FlexVARConfig",
-    "Guidance",
-    "SARPipeline",
-    "ScaleSchedule",
-    "VQVAEConfig",
-    "build_vae_var",
-    "draw_schedule",
-    "generate",
-    "inpaint",
-    "open_pipeline",
-    "sample_tokens",
-    "shift_up",
-]
+NAMES = {
+    "editing": ("inpaint",),
+    "flexvar": ("FlexVAR", "FlexVARConfig"),
+    "head": ("sample_tokens",),
+    "pipeline": ("SARPipeline", "open_pipeline"),
+    "released": ("build_vae_var",),
+    "sampling": ("Draw", "Guidance", "generate"),
+    "scales": ("DEFAULT_SCHEDULE", "ScaleSchedule", "draw_schedule", "shift_up"),
+    "vqvae": ("VQVAE", "VQVAEConfig"),
+}
+MODULE_OF = {name: module for module, names in NAMES.items() for name in names}
+__all__ = sorted(MODULE_OF)
+
+
+def __getattr__(name: str) -> object:
+    """Import a name when it is first asked for: `models.scales` needs neither the Hub nor torchvision."""
+    if name not in MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -6,8 +6,9 @@ Legend: B batch, L tokens of a schedule, V codebook rows, D codebook width, C wi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,40 @@ class FlexVARConfig:
         """A model of these sizes."""
         return FlexVAR(self)
 
+    # What the other files ask of a generator: see `models/generators.py`.
+    flags: ClassVar[tuple[type, ...]] = ()  # dataclasses of the flags of train.py that only this generator reads
+    goes_with: ClassVar[dict[str, tuple[str, ...]]] = {}  # flag of train.py → the values that it goes with
+
+    @classmethod
+    def from_flags(cls, flags: object, **sizes: float) -> FlexVARConfig:
+        """The config that train.py's flags name; `sizes` are what tokenizer, data and common flags decide."""
+        return cls(**sizes)
+
+    @classmethod
+    def scales(cls, flags: object, schedule: ScaleSchedule) -> ScaleSchedule:
+        """The scales of --pn that a model of these flags has. Raises ValueError when it can have none of them."""
+        return schedule
+
+    @classmethod
+    def recognises(cls, weights: Mapping[str, Tensor]) -> bool:
+        """True for the state dict of such a model."""
+        return "word_embed.weight" in weights
+
+    @classmethod
+    def sizes_of(cls, weights: Mapping[str, Tensor]) -> dict[str, int]:
+        """Sizes, read off the tensors of a state dict. Raises KeyError for what is missing."""
+        width, dim = weights["word_embed.weight"].shape
+        depth = 0
+        while f"blocks.{depth}.attn.mat_qkv.weight" in weights:
+            depth += 1
+        return {
+            "depth": depth,
+            "width": width,
+            "num_classes": weights["class_emb.weight"].shape[0] - 1,
+            "codebook_size": weights["head.weight"].shape[0],
+            "codebook_dim": dim,
+        }
+
 
 @dataclass
 class SamplingState:
@@ -63,7 +98,8 @@ class SamplingState:
 class FlexVAR(nn.Module):
     """The transformer. Nothing in it depends on a schedule: any sides the caller names will do."""
 
-    fills_first_side = False  # whether the first side takes several steps to sample: see `HybridVAR`
+    no_decay = ("pos_1LC", "pos_start", "scale_mul_1H11")  # parameters that weight decay leaves alone
+    fills_first_side = False  # True where sampling the first side takes several steps
 
     def __init__(self, config: FlexVARConfig | None = None):
         super().__init__()

@@ -10,9 +10,9 @@ Legend: B batch, n tokens of the first side, L tokens of a schedule, V codebook 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,15 @@ class MaskedInputs(NamedTuple):
 
 
 @dataclass(frozen=True)
+class HybridFlags:
+    """Flags of train.py."""
+
+    first_side: int = 4  # hybrid: the side that is predicted by masked tokens; coarser ones are left out of --pn
+    hybrid_shared_positions: bool = False  # hybrid: positions of the first side from the finer sides' map
+    hybrid_cross_scale: bool = False  # hybrid: a finer side sees the finer sides before it, too
+
+
+@dataclass(frozen=True)
 class HybridConfig(FlexVARConfig):
     """A FlexVAR, and what the first side needs beside it."""
 
@@ -46,10 +55,43 @@ class HybridConfig(FlexVARConfig):
     def build(self) -> HybridVAR:
         return HybridVAR(self)
 
+    flags = (HybridFlags,)
+    goes_with: ClassVar[dict[str, tuple[str, ...]]] = {
+        "schedule": ("fixed",),
+        "training_mode": ("teacher_forcing", "csfl"),
+        "ssr": ("all",),
+        "parallel": ("ddp",),
+    }
+
+    @classmethod
+    def from_flags(cls, flags: HybridFlags, **sizes: float) -> HybridConfig:
+        own = {"shared_positions": flags.hybrid_shared_positions, "cross_scale": flags.hybrid_cross_scale}
+        return cls(**sizes, first_side=flags.first_side, **own)
+
+    @classmethod
+    def scales(cls, flags: HybridFlags, schedule: ScaleSchedule) -> ScaleSchedule:
+        if flags.first_side < 1:
+            raise ValueError(f"--first_side must be at least 1, got {flags.first_side}")
+        found = schedule.starting(flags.first_side)
+        if len(found) < 2:
+            raise ValueError(f"--model hybrid needs finer sides than --first_side {flags.first_side} in --pn")
+        return found
+
+    @classmethod
+    def recognises(cls, weights: Mapping[str, Tensor]) -> bool:
+        return "layout" in weights
+
+    @classmethod
+    def sizes_of(cls, weights: Mapping[str, Tensor]) -> dict[str, int]:
+        side, cross_scale = weights["layout"].tolist()
+        own = {"first_side": side, "cross_scale": bool(cross_scale), "shared_positions": "pos_first" not in weights}
+        return {**super().sizes_of(weights), **own}
+
 
 class HybridVAR(FlexVAR):
     """The transformer. Its schedules start at `first_side`."""
 
+    no_decay = (*FlexVAR.no_decay, "pos_first", "mask_token")
     fills_first_side = True
 
     def __init__(self, config: HybridConfig):
@@ -214,8 +256,3 @@ def draw_share() -> float:
         share = SHARE_MEAN + SHARE_DEVIATION * float(torch.randn((), device="cpu"))
         if SHARE_LEAST <= share <= 1:
             return share
-
-
-def transformer_config(sizes: dict) -> FlexVARConfig:
-    """The config whose `asdict` these sizes are."""
-    return (HybridConfig if "first_side" in sizes else FlexVARConfig)(**sizes)

@@ -19,7 +19,7 @@ from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from models.editing import inpaint, place_on_canvas
 from models.flexvar import FlexVAR
-from models.hybrid import transformer_config
+from models.generators import config_of
 from models.sampling import Draw, Edit, Guidance, sample_codes
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 from models.vqvae import VQVAE, VQVAEConfig, to_bytes
@@ -118,7 +118,7 @@ class SARPipeline(
         super().__init__()
         self.supervision, self.max_pn = supervision, max_pn
         self.vae = VQVAE(VQVAEConfig(**{**tokenizer, "width_mult": tuple(tokenizer["width_mult"])}))
-        self.model = transformer_config(transformer).build()
+        self.model = config_of(transformer).build()
         self.schedule = self.model.trim(ScaleSchedule(tuple(sides)))
         self.class_names = list(class_names or default_names(self.model.config.num_classes))
         if len(self.class_names) != self.model.config.num_classes:
@@ -251,7 +251,7 @@ class SARPipeline(
     ) -> dict[int, Tensor]:
         """Codes {side: (B, s²)} of n images of each class. Image i is drawn from seed + i.
 
-        options: cfg 2.5, guidance "ramp", top_k 900, top_p 0.95, for a hybrid model fill_steps 8, and max_pn: see
+        options: cfg 2.5, guidance "ramp", top_k 900, top_p 0.95, max_pn, fill_steps 8 (of models that read it): see
         `drawing`.
         """
         labels = self.labels(classes, n)

@@ -263,9 +263,9 @@ def test_two_ranks_train_as_one(flags, tmp_path):
     ("more", "message"),
     [
         (["--schedule=flexvar", "--pn=4_8_16"], "--model hybrid goes with --schedule fixed"),
-        (["--ssr=last"], "csfl with --ssr all"),
+        (["--ssr=last"], "--model hybrid goes with --ssr all only"),
         (["--parallel=fsdp"], "--parallel ddp only"),
-        (["--training_mode=sf_full", "--csf_weight=0.01"], "csfl with --ssr all"),
+        (["--training_mode=sf_full", "--csf_weight=0.01"], "--training_mode teacher_forcing or csfl only"),
         (["--first_side=4"], "needs finer sides than --first_side 4"),
         (["--first_side=3"], r"the first side 3 is none of the scales \(1, 2, 4\)"),
     ],

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from models.hybrid import transformer_config
+from models.generators import config_of
 from utils.config import OptimConfig
 from utils.optim import Precision, derive_seed, learning_rate, make_optimizer
 
@@ -9,7 +9,7 @@ from utils.optim import Precision, derive_seed, learning_rate, make_optimizer
 @pytest.mark.parametrize("first", [{}, {"first_side": 2}])
 def test_weight_decay_reaches_matrices_only(first):
     sizes = {"depth": 2, "width": 64, "num_classes": 3, "codebook_size": 8}
-    model = transformer_config(sizes | first).build()
+    model = config_of(sizes | first).build()
     decay, plain = make_optimizer([model], OptimConfig(twd=0.05)).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert decay["weight_decay"] == 0.05

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+import simple_parsing
+
+from models.generators import GENERATORS
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 from utils.flags import Flags, alias, at_least, at_most, only_with
 
@@ -38,18 +41,17 @@ class DataConfig(Flags):
 DATA_OF_IMAGES = ["dataset", "data_path", "augment", "on_bad_image", "bad_image_limit"]  # what a code cache replaces
 
 
+OF_GENERATORS = {name: [f.name for c in g.flags for f in fields(c)] for name, g in GENERATORS.items()}  # their flags
+
+
 @dataclass(frozen=True)
-class ModelConfig(Flags):
+class ModelConfig(*(c for g in GENERATORS.values() for c in g.flags), Flags):
     """Model"""
 
     vae_ckpt: str = "pretrained/FlexVAE.pth"  # tokenizer weights: a file, or a tokenizer run's directory
     init_ckpt: str = alias("", "--continue_training_ckpt")
     """transformer weights to start from (a file or a run's directory); empty: from scratch"""
-    model: Literal["flexvar", "hybrid"] = "flexvar"
-    """flexvar: scale-wise autoregression; hybrid (Sec. 3.3): masked tokens at the first side, then the same"""
-    first_side: int = 4  # hybrid: the side that is predicted by masked tokens; coarser ones are left out of --pn
-    hybrid_shared_positions: bool = False  # hybrid: positions of the first side from the finer sides' map
-    hybrid_cross_scale: bool = False  # hybrid: a finer side sees the finer sides before it, too
+    model: str = simple_parsing.choice(*GENERATORS, default="flexvar")  # the generator: one of models/generators.py
     reset_class_embedding: bool = False  # take INIT_CKPT for other classes: all but their embeddings, drawn anew
     depth: int = 16  # transformer blocks
     width: int = 0  # transformer width; 0: 64·depth
@@ -66,14 +68,11 @@ class ModelConfig(Flags):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, depth=1, width=0, num_classes=0, label_drop=0, first_side=1)
+        at_least(self, depth=1, width=0, num_classes=0, label_drop=0)
         only_with(self, bool(self.init_ckpt), "--init_ckpt", ["reset_class_embedding"])
-        hybrid = self.model == "hybrid"
-        only_with(self, hybrid, "--model hybrid", ["first_side", "hybrid_shared_positions", "hybrid_cross_scale"])
-        if hybrid and self.schedule != "fixed":
-            raise ValueError("--model hybrid goes with --schedule fixed only")
-        if hybrid and len(self.scales) < 2:
-            raise ValueError(f"--model hybrid needs finer sides than --first_side {self.first_side} in --pn {self.pn}")
+        for name, flags in OF_GENERATORS.items():
+            only_with(self, self.model == name, f"--model {name}", flags)
+        check_generator(self.model, self)
         sides = self.scales.sides
         if self.schedule == "flexvar" and sides[-1] != 16:
             raise ValueError(f"--schedule flexvar draws sides up to 16, --pn ends at {sides[-1]}: use --schedule fixed")
@@ -84,7 +83,14 @@ class ModelConfig(Flags):
     @property
     def scales(self) -> ScaleSchedule:
         schedule = ScaleSchedule.parse(self.pn) if self.pn else DEFAULT_SCHEDULE
-        return schedule.starting(self.first_side) if self.model == "hybrid" else schedule
+        return GENERATORS[self.model].scales(self, schedule)
+
+
+def check_generator(name: str, group: Flags) -> None:
+    """Raises ValueError for a flag of a group whose value the generator does not go with."""
+    for flag, values in GENERATORS[name].goes_with.items():
+        if getattr(group, flag, values[0]) not in values:
+            raise ValueError(f"--model {name} goes with --{flag} {' or '.join(values)} only")
 
 
 @dataclass(frozen=True)
@@ -288,13 +294,8 @@ class TrainConfig(Flags):
         cached = bool(self.speed.code_cache)
         only_with(self.data, not cached, "images: --code_cache is in place of them", DATA_OF_IMAGES)
         only_with(self.run, self.watch.vis_num_samples > 0, "--vis_num_samples above 0", ["vis_cfg_scale"])
-        simple = self.sar.training_mode == "teacher_forcing" or (
-            self.sar.training_mode == "csfl" and self.sar.ssr == "all"
-        )
-        if self.model.model == "hybrid" and not simple:
-            raise ValueError("--model hybrid goes with --training_mode teacher_forcing, or csfl with --ssr all")
-        if self.model.model == "hybrid" and self.speed.parallel != "ddp":
-            raise ValueError("--model hybrid goes with --parallel ddp only")
+        for group in (self.sar, self.speed):
+            check_generator(self.model.model, group)
         if self.speed.parallel == "fsdp" and self.optim.precision == "fp16":
             raise ValueError("--parallel fsdp does not go with --precision fp16: use bf16 or fp32")
 
@@ -312,7 +313,7 @@ class TrainConfig(Flags):
 # What a run cannot change on the way: the model, and which images come at which step.
 FIXED = {
     *("dataset", "augment", "bs", "seed", "training_mode"),
-    *("model", "first_side", "hybrid_shared_positions", "hybrid_cross_scale"),
+    *("model", *(flag for flags in OF_GENERATORS.values() for flag in flags)),
     *("depth", "width", "num_classes", "pn", "schedule", "supervision"),
     *("image_size", "base_width", "width_mult", "res_blocks", "z_channels", "codebook_size", "codebook_dim"),
     *("images", "class_names_sha256", "model_classes", "tokenizer_sha256", "discriminator"),

@@ -38,7 +38,7 @@ class DrawConfig(Flags):
     max_pn: int = alias(0, "--maxpn")
     """sides above it, and those that released models were not tuned for, are taken greedily; 0: 16 for released weights
     (files that belong to no run), no such rule for others"""
-    fill_steps: int = 8  # hybrid models: steps in which the first side is filled
+    fill_steps: int = 8  # steps in which the first side is filled, of models that fill it step by step
     pn: str = alias("", "--infer_patch_nums")
     """scales, like 1_2_3_4; empty: those that CKPT brings along, or the default ten"""
     seed: int = 0  # of every image (and, in evaluation, of the class order)
@@ -62,7 +62,7 @@ class DrawConfig(Flags):
 
     def check_model(self, fills_first_side: bool) -> None:
         """Raises ValueError for flags that this model does not read."""
-        only_with(self, fills_first_side, "a hybrid model", ["fill_steps"])
+        only_with(self, fills_first_side, "a model that fills its first side step by step", ["fill_steps"])
 
 
 @dataclass(frozen=True)

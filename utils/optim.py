@@ -13,17 +13,18 @@ from torch import nn
 from utils.config import OptimConfig
 from utils.distributed import local, shared_like, whole
 
-NO_DECAY = ("pos_1LC", "pos_start", "scale_mul_1H11", "pos_first", "mask_token")
 HOLD = 0.05  # of the run at the peak before the learning rate falls
 
 
 def make_optimizer(models: Iterable[nn.Module], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (0.9, 0.95) with weight decay on matrices only: not on 1-D parameters, positions or temperatures."""
+    """AdamW (0.9, 0.95) with weight decay on matrices only: not on 1-D parameters, nor on those in a model's `no_decay`
+    (positions, temperatures)."""
     decay, plain = [], []
-    for name, parameter in (pair for model in models for pair in model.named_parameters()):
-        if parameter.requires_grad:
-            is_matrix = parameter.ndim >= 2 and not name.endswith(NO_DECAY)
-            (decay if is_matrix else plain).append(parameter)
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                is_matrix = parameter.ndim >= 2 and not name.endswith(getattr(model, "no_decay", ()))
+                (decay if is_matrix else plain).append(parameter)
     groups = [{"params": decay, "weight_decay": config.twd}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.flexvar import FlexVAR, FlexVARConfig
-from models.hybrid import transformer_config
+from models.flexvar import FlexVAR
+from models.generators import recognise
 from models.vqvae import VQVAE, VQVAEConfig
 from pretrained.download import FILES
 from utils.checkpoint import EMA, MANIFEST, MODEL, newest_checkpoint, runs_below, verify
@@ -24,7 +24,7 @@ StateDict = dict[str, Tensor]
 
 # Buffers of released transformer files that depend on the schedule a file was saved with: not part of the model.
 KNOWN = {"attn_bias_for_masking"}
-# Buffers that say what a model is, where no shape does: see models/hybrid.py.
+# Buffers that say what a model is, where no shape does.
 LAYOUTS = {"layout"}
 
 
@@ -129,28 +129,6 @@ def tokenizer_config(weights: StateDict, source: str | Path) -> VQVAEConfig:
         raise ValueError(f"{source} is not a tokenizer: {error}") from None
 
 
-def flexvar_config(weights: StateDict, source: str | Path) -> FlexVARConfig:
-    """A transformer's sizes, read off its tensors."""
-    try:
-        width, dim = weights["word_embed.weight"].shape
-        sizes = {
-            "depth": count(weights, "blocks.{}.attn.mat_qkv.weight"),
-            "width": width,
-            "num_classes": weights["class_emb.weight"].shape[0] - 1,
-            "codebook_size": weights["head.weight"].shape[0],
-            "codebook_dim": dim,
-        }
-        if "layout" in weights:
-            side, cross_scale = weights["layout"].tolist()
-            shared = "pos_first" not in weights
-            sizes |= {"first_side": side, "cross_scale": bool(cross_scale), "shared_positions": shared}
-        return transformer_config(sizes)
-    except KeyError as error:
-        raise ValueError(f"{source} is not a FlexVAR transformer: it has no {error.args[0]}") from None
-    except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{source} is not a FlexVAR transformer: {error}") from None
-
-
 def count(weights: StateDict, pattern: str) -> int:
     """How many of pattern.format(0), pattern.format(1), … there are."""
     n = 0
@@ -187,7 +165,7 @@ def load_flexvar(path: str | Path) -> FlexVAR:
     """A transformer from a file or a run's directory, sizes as in the file."""
     weights = read_state_dict(path)
     with torch.device("meta"):
-        model = flexvar_config(weights, path).build()
+        model = recognise(weights, path).build()
     load_strictly(model, weights, path, assign=True)
     return model
 
