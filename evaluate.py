@@ -5,7 +5,7 @@ bash scripts/eval_SAR_d16.sh
 
 from __future__ import annotations
 
-import utils.threads  # noqa: F401  # isort: skip
+import utils.runtime.threads  # noqa: F401  # isort: skip
 
 import time
 from collections.abc import Callable
@@ -20,21 +20,21 @@ from torch import Tensor
 from models.pipeline import SARPipeline, open_pipeline
 from models.sampling import sample_codes
 from models.vqvae import exact_convolutions, to_bytes
-from utils.config_sampling import EvalConfig
-from utils.distributed import Ranks, ranks
-from utils.entry import check_output_directory, check_output_file, entry, notice, refuse_inside
+from models.weights import digest_of, find_weights
+from utils.config.sampling import EvalConfig
 from utils.evaluations.c2i.features import Extractor, make_extractor
 from utils.evaluations.c2i.images import Resized, describe_images, open_images, write_npz
 from utils.evaluations.c2i.reconstruction import evaluate_reconstructions
 from utils.evaluations.c2i.reference import IMAGENET, Reference, load_reference, save_reference
 from utils.evaluations.c2i.report import compare, score, write_report, write_sweep
 from utils.evaluations.c2i.store import FeatureStore, chunk_size
-from utils.files import read_json, save_array, write_json
-from utils.flags import parse
-from utils.log import versions
-from utils.optim import Precision, derive_seed
-from utils.process import cores
-from utils.weights import digest_of, find_weights
+from utils.runtime.distributed import Ranks, ranks
+from utils.runtime.entry import check_output_directory, check_output_file, entry, notice, refuse_inside
+from utils.runtime.files import read_json, save_array, write_json
+from utils.runtime.flags import parse
+from utils.runtime.numerics import Precision, derive_seed
+from utils.runtime.process import cores
+from utils.runtime.provenance import versions
 
 
 def label_order(total: int, classes: int, seed: int) -> Tensor:

@@ -14,12 +14,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from models.pipeline import SARPipeline, open_pipeline, split_classes
-from utils.config_sampling import SampleConfig
-from utils.entry import check_output_directory, check_output_file, entry, notice
-from utils.flags import parse
-from utils.image_files import read_image, read_mask
-from utils.optim import Precision
-from utils.pictures import captioned_grid, coarse_to_fine, grid_size, save_gif, square
+from utils.config.sampling import SampleConfig
+from utils.reporting.pictures import captioned_grid, coarse_to_fine, grid_size, save_gif, square
+from utils.runtime.entry import check_output_directory, check_output_file, entry, notice
+from utils.runtime.flags import parse
+from utils.runtime.image_files import read_image, read_mask
+from utils.runtime.numerics import Precision
 
 Steps = dict[int, list[Image.Image]]
 

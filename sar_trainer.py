@@ -12,8 +12,8 @@ from models.head import Prediction, Sampler
 from models.sampling import Guidance
 from models.scales import ScaleSchedule
 from trainer import Inputs, Metrics, Trainer
-from utils.config import SARConfig
-from utils.data import CodeBatch
+from utils.config.training import SARConfig
+from utils.data.datasets import CodeBatch
 
 
 class SARTrainer(Trainer):

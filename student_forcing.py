@@ -14,7 +14,7 @@ from models.sampling import Draw, evaluating, walk
 from models.scales import ScaleSchedule
 from sar_trainer import rollout_guidance
 from trainer import Metrics, Trainer
-from utils.data import CodeBatch
+from utils.data.datasets import CodeBatch
 
 
 class StudentForcing(Trainer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import utils.threads  # noqa: F401  # isort: skip
+import utils.runtime.threads  # noqa: F401  # isort: skip
 
 import warnings
 from dataclasses import replace
@@ -14,23 +14,23 @@ import torch
 from models.flexvar import FlexVAR
 from models.generators import GENERATORS, recognise
 from models.pipeline import class_names
+from models.run_record import find_run
 from models.scales import DEFAULT_SCHEDULE
 from models.vqvae import VQVAE
+from models.weights import digest_of, find_weights, load_strictly, load_tokenizer, read_state_dict
 from pretrained.download import offer
 from sar_trainer import SARTrainer
 from student_forcing import STUDENT_FORCING
 from trainer import Trainer
-from utils.checkpoint import last_facts
-from utils.code_cache import open_cache, read_manifest
-from utils.config import TrainConfig
-from utils.data import check_dataset, open_splits
-from utils.distributed import Ranks
-from utils.entry import entry, notice
-from utils.flags import changed, parse
-from utils.loop import start
-from utils.optim import derive_seed
-from utils.run_record import find_run
-from utils.weights import digest_of, find_weights, load_strictly, load_tokenizer, read_state_dict
+from utils.config.training import TrainConfig
+from utils.data.code_cache import open_cache, read_manifest
+from utils.data.datasets import check_dataset, open_splits
+from utils.runtime.checkpoint import last_facts
+from utils.runtime.distributed import Ranks
+from utils.runtime.entry import entry, notice
+from utils.runtime.flags import changed, parse
+from utils.runtime.numerics import derive_seed
+from utils.training.loop import start
 
 TRAINERS = {"teacher_forcing": Trainer, "csfl": SARTrainer, **STUDENT_FORCING}
 

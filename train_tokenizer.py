@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import utils.threads  # noqa: F401  # isort: skip
+import utils.runtime.threads  # noqa: F401  # isort: skip
 
 import random
 
@@ -13,21 +13,21 @@ from torch import Tensor
 from models.discriminator import Discriminator
 from models.sampling import evaluating
 from models.vqvae import VQVAE, VQVAEConfig
+from models.weights import find_weights, load_strictly, read_state_dict
 from pretrained.download import offer
-from utils.checkpoint import checkpoints
-from utils.codebook import CodebookUse, histogram, perplexity, revive, usage
-from utils.config_tokenizer import TokenizerTrainConfig
-from utils.data import Views, check_dataset, evenly, open_splits
-from utils.distributed import Ranks, data_parallel
-from utils.entry import entry
-from utils.flags import parse
-from utils.learner import Metrics
-from utils.loop import Loop, start
-from utils.optim import derive_seed
-from utils.perceptual import make_perceptual
-from utils.pictures import grid
-from utils.tokenizer_loss import MultiScaleLoss, Opponent, resize_to
-from utils.weights import find_weights, load_strictly, read_state_dict
+from utils.config.tokenizer import TokenizerTrainConfig
+from utils.data.datasets import Views, check_dataset, evenly, open_splits
+from utils.reporting.pictures import grid
+from utils.runtime.checkpoint import checkpoints
+from utils.runtime.distributed import Ranks, data_parallel
+from utils.runtime.entry import entry
+from utils.runtime.flags import parse
+from utils.runtime.numerics import derive_seed
+from utils.tokenizer.codebook import CodebookUse, histogram, perplexity, revive, usage
+from utils.tokenizer.losses import MultiScaleLoss, Opponent, resize_to
+from utils.tokenizer.perceptual import make_perceptual
+from utils.training.learner import Metrics
+from utils.training.loop import Loop, start
 
 
 class TokenizerTrainer(Loop):

@@ -15,17 +15,17 @@ from models.flexvar import FlexVAR
 from models.head import Prediction, Sampler
 from models.layers import kernel_for
 from models.pipeline import class_names
+from models.run_record import describe_tokenizer
 from models.sampling import Guidance, generate
 from models.scales import ScaleSchedule, draw_schedule
 from models.vqvae import VQVAE
-from utils.config import TrainConfig
-from utils.data import CodeBatch, Views, encode_batch
-from utils.distributed import Ranks, shard
-from utils.learner import Metrics
-from utils.loop import Loop
-from utils.pictures import grid, spread_labels, square
-from utils.run_record import describe_tokenizer
-from utils.weights import digest_of
+from models.weights import digest_of
+from utils.config.training import TrainConfig
+from utils.data.datasets import CodeBatch, Views, encode_batch
+from utils.reporting.pictures import grid, spread_labels, square
+from utils.runtime.distributed import Ranks, shard
+from utils.training.learner import Metrics
+from utils.training.loop import Loop
 
 Inputs = Tensor | tuple  # of a pass: whatever the model's own `inputs` makes
 Encode = Callable[[Tensor, Tensor, ScaleSchedule], CodeBatch]  # what a data set yields, class ids, the step's scales

@@ -12,9 +12,9 @@ from torch import Tensor
 from benchmarks.common import Ruler, show
 from models import ScaleSchedule
 from models.layers import ScaleCausalAttention, attend
-from utils.distributed import alone
-from utils.entry import entry
-from utils.flags import Parser, whole
+from utils.runtime.distributed import alone
+from utils.runtime.entry import entry
+from utils.runtime.flags import Parser, whole
 
 SCHEDULES = ["1_2_3_4_5_6_8_10", "1_2_3_4_5_6_8_10_13", "1_2_3_4_5_6_8_10_13_16", "1_2_3_5_7_9_12_16"]
 

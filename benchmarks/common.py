@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from models import FlexVARConfig, ScaleSchedule
-from utils.distributed import alone
+from utils.runtime.distributed import alone
 
 ENCODE_FLOPS, DECODE_FLOPS = 0.138e12, 0.253e12  # of one 256×256 image through FlexVAE.pth's tokenizer
 

@@ -13,13 +13,13 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.common import show
-from utils.code_cache import LABELS, MANIFEST, VERSION, CodeCache
-from utils.config import DataConfig
-from utils.data import StepSampler, make_loader, open_dataset
-from utils.distributed import alone
-from utils.entry import entry
-from utils.files import digest, save_array, write_sealed
-from utils.flags import Parser, whole
+from utils.config.training import DataConfig
+from utils.data.code_cache import LABELS, MANIFEST, VERSION, CodeCache
+from utils.data.datasets import StepSampler, make_loader, open_dataset
+from utils.runtime.distributed import alone
+from utils.runtime.entry import entry
+from utils.runtime.files import digest, save_array, write_sealed
+from utils.runtime.flags import Parser, whole
 
 
 def write_cache(directory: Path, images: int, shard: int = 512, crops: int = 10) -> CodeCache:

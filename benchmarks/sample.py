@@ -15,10 +15,10 @@ from torch import Tensor
 from benchmarks.common import DECODE_FLOPS, Clock, Ruler, forward_flops, peak_memory, reset_peak, show
 from models import VQVAE, FlexVAR, FlexVARConfig, Guidance, ScaleSchedule, generate, sampling
 from models.head import sample_tokens
-from utils.distributed import alone
-from utils.entry import entry
-from utils.flags import Parser, whole
-from utils.optim import Precision
+from utils.runtime.distributed import alone
+from utils.runtime.entry import entry
+from utils.runtime.flags import Parser, whole
+from utils.runtime.numerics import Precision
 
 DEFAULT = "1_2_3_4_5_6_8_10_13_16"
 

@@ -19,22 +19,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import utils.learner as learner_module
+import utils.training.learner as learner_module
 from benchmarks.common import ENCODE_FLOPS, Clock, Ruler, forward_flops, peak_memory, random_images, reset_peak, show
 from models import VQVAE, ScaleSchedule
 from models.head import Samples, guide, sample_tokens
 from models.pipeline import to_pil
 from models.scales import shift_all
+from models.weights import save_weights
 from sar_trainer import SARTrainer, rollout_guidance
 from train import TRAINERS, build
-from utils.code_cache import CacheConfig, CacheFlags
-from utils.code_cache import build as build_cache
-from utils.config import DataConfig, TrainConfig
-from utils.data import CodeBatch
-from utils.distributed import alone
-from utils.entry import entry
-from utils.flags import Parser, parse, whole
-from utils.weights import save_weights
+from utils.config.training import DataConfig, TrainConfig
+from utils.data.code_cache import CacheConfig, CacheFlags
+from utils.data.code_cache import build as build_cache
+from utils.data.datasets import CodeBatch
+from utils.runtime.distributed import alone
+from utils.runtime.entry import entry
+from utils.runtime.flags import Parser, parse, whole
 
 DEFAULT = "1_2_3_4_5_6_8_10_13_16"
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from benchmarks.common import forward_flops
 from models import FlexVARConfig, ScaleSchedule
-from utils.config import DataConfig
+from utils.config.training import DataConfig
 from utils.evaluations.exposure_bias import Exposure, HeldOut
-from utils.files import read_json
-from utils.pictures import read_metrics
-from utils.tables import markdown
+from utils.reporting.pictures import read_metrics
+from utils.reporting.tables import markdown
+from utils.runtime.files import read_json
 
 IMAGES = 500  # of each split
 

@@ -24,16 +24,16 @@ from torch import Tensor
 
 from models import Guidance, ScaleSchedule, generate
 from models.pipeline import to_pil
-from utils.config import DataConfig
-from utils.data import open_dataset
-from utils.entry import check_output_directory, entry
+from models.weights import load_flexvar, load_tokenizer
+from utils.config.training import DataConfig
+from utils.data.datasets import open_dataset
 from utils.evaluations.c2i import Statistics, frechet_distance
-from utils.files import write_json
-from utils.flags import Parser, whole
-from utils.optim import derive_seed
-from utils.pictures import captioned_grid, grid, plot_curves, read_metrics
-from utils.tokenizer_loss import resize_to
-from utils.weights import load_flexvar, load_tokenizer
+from utils.reporting.pictures import captioned_grid, grid, plot_curves, read_metrics
+from utils.runtime.entry import check_output_directory, entry
+from utils.runtime.files import write_json
+from utils.runtime.flags import Parser, whole
+from utils.runtime.numerics import derive_seed
+from utils.tokenizer.losses import resize_to
 
 SIDES = "1_2_3_5_8"
 SIZE = 32
@@ -292,7 +292,7 @@ def main() -> None:
             codes = [vae_ckpt, f"--out={out / 'codes'}", f"--image_size={SIZE}", f"--seed={SEED}"]
             # FlexVAR's 17 epochs see each crop about twice.
             codes += [f"--crops={min(8, math.ceil(first * 48 / 1300))}", "--shard_images=128", "--batch=128"]
-            seconds["codes"] = launch(["-m", "utils.code_cache", *DATA, *codes], args.processes)
+            seconds["codes"] = launch(["-m", "utils.data.code_cache", *DATA, *codes], args.processes)
     began = time.perf_counter()
     report = {
         **evaluate(runs, kind_of(args.model), out),

@@ -12,17 +12,17 @@ from pathlib import Path
 
 from scipy.stats import t as student
 
+from experiments.figures import trajectory
 from experiments.measures import standard_error, table_of
 from experiments.plan_cifar10 import CLAIMS
 from models.pipeline import open_pipeline, to_pil
 from models.sampling import Draw, Guidance, draw_images
-from utils.entry import entry
-from utils.files import read_json
-from utils.flags import Parser
-from utils.optim import derive_seed
-from utils.pictures import captioned_grid, grid, plot_curves, read_metrics, spread_labels
-from utils.tables import markdown
-from utils.visualize import trajectory
+from utils.reporting.pictures import captioned_grid, grid, plot_curves, read_metrics, spread_labels
+from utils.reporting.tables import markdown
+from utils.runtime.entry import entry
+from utils.runtime.files import read_json
+from utils.runtime.flags import Parser
+from utils.runtime.numerics import derive_seed
 
 Rows = dict[str, list[dict]]  # variant → the rows of its seeds
 

@@ -45,18 +45,18 @@ from experiments.quickstart import launch
 from experiments.report_cifar10 import write_report
 from models.scales import ScaleSchedule
 from models.vqvae import to_bytes
-from utils.checkpoint import checkpoints, step_of
-from utils.config import DataConfig
-from utils.config_sampling import EvalConfig
-from utils.data import check_dataset, open_dataset, plain_images
-from utils.distributed import alone
-from utils.entry import check_output_directory, entry
+from models.weights import load_tokenizer
+from utils.config.sampling import EvalConfig
+from utils.config.training import DataConfig
+from utils.data.datasets import check_dataset, open_dataset, plain_images
 from utils.evaluations.c2i.images import write_npz
 from utils.evaluations.c2i.metrics import Statistics, frechet_distance, precision_recall
-from utils.files import digest, read_json, read_tensor, save_array, write_json
-from utils.flags import Parser, parse, whole
-from utils.log import git_state
-from utils.weights import load_tokenizer
+from utils.runtime.checkpoint import checkpoints, step_of
+from utils.runtime.distributed import alone
+from utils.runtime.entry import check_output_directory, entry
+from utils.runtime.files import digest, read_json, read_tensor, save_array, write_json
+from utils.runtime.flags import Parser, parse, whole
+from utils.runtime.provenance import git_state
 
 
 class Study:
@@ -91,7 +91,7 @@ class Study:
         launch(["train_tokenizer.py", *tokenizer, "--eval_images=2000", f"--out_dir={out / 'tokenizer'}"])
         codes = [f"--vae_ckpt={out / 'tokenizer'}", f"--out={out / 'codes'}", f"--image_size={SIDE}", "--batch=128"]
         codes += [*self.data_flags, *self.mirrored, f"--crops={size.crops}"]
-        launch(["-m", "utils.code_cache", *codes])
+        launch(["-m", "utils.data.code_cache", *codes])
         model = [*size.model, f"--vae_ckpt={out / 'tokenizer'}", f"--code_cache={out / 'codes'}", "--schedule=fixed"]
         model += [*common, "--workers=0", "--log_every=20", f"--precision={self.args.precision}"]
         base = [*FORCED, *size.base, "--eval_every=500", f"--out_dir={out / 'base'}"]

@@ -14,11 +14,11 @@ import torch
 
 from experiments.measures import measure, slug, table_of
 from experiments.quickstart import FLEXVAR, FURTHER, PER_CLASS, Judge, check_quickstart, run_stage, sample
-from utils.config import DataConfig
-from utils.entry import check_output_directory, entry
-from utils.files import write_json
-from utils.flags import Parser, whole
-from utils.weights import load_tokenizer
+from models.weights import load_tokenizer
+from utils.config.training import DataConfig
+from utils.runtime.entry import check_output_directory, entry
+from utils.runtime.files import write_json
+from utils.runtime.flags import Parser, whole
 
 DRAWN = ["--sf_top_k=0", "--sf_top_p=0"]
 SAR = "--training_mode=csfl"

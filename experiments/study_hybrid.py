@@ -27,11 +27,11 @@ from experiments.quickstart import (
 from experiments.study_digits import write_table
 from models.sampling import Draw, sample_codes
 from models.scales import ScaleSchedule
-from utils.entry import check_output_directory, entry
-from utils.flags import Parser, whole
-from utils.optim import derive_seed
-from utils.pictures import read_metrics
-from utils.weights import load_flexvar, load_tokenizer
+from models.weights import load_flexvar, load_tokenizer
+from utils.reporting.pictures import read_metrics
+from utils.runtime.entry import check_output_directory, entry
+from utils.runtime.flags import Parser, whole
+from utils.runtime.numerics import derive_seed
 
 VARIANTS = {"FlexVAR": [], "hybrid": HYBRID}
 COLUMNS = {

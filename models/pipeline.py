@@ -23,9 +23,9 @@ from models.generators import config_of
 from models.sampling import Draw, Edit, Guidance, sample_codes
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 from models.vqvae import VQVAE, VQVAEConfig, to_bytes
-from utils.entry import check_output_directory, entry
-from utils.flags import Parser
-from utils.image_files import upright_rgb
+from utils.runtime.entry import check_output_directory, entry
+from utils.runtime.flags import Parser
+from utils.runtime.image_files import upright_rgb
 
 RELEASED_MAX_PN = 16  # see `Draw`: sides that released models are sampled at
 
@@ -160,8 +160,8 @@ class SARPipeline(
         Raises ValueError when the two do not fit: other sizes, or other weights than the run was trained on. The latter
         is a warning when `vae_ckpt` was named.
         """
-        from utils.run_record import find_run
-        from utils.weights import digest_of, load_flexvar, load_tokenizer  # here, since these build models too
+        from models.run_record import find_run
+        from models.weights import digest_of, load_flexvar, load_tokenizer  # here, since these build models too
 
         run, named = find_run(ckpt), bool(vae_ckpt)
         vae_ckpt = vae_ckpt or (run and run.tokenizer) or "pretrained/FlexVAE.pth"
@@ -304,7 +304,7 @@ def from_pil(image: Image.Image, side: int) -> Tensor:
 
 def is_pipeline(directory: Path) -> bool:
     """True for a directory that `save_pretrained` wrote."""
-    from utils.files import read_json
+    from utils.runtime.files import read_json
 
     try:
         return "transformer" in read_json(directory / "config.json")
@@ -317,8 +317,8 @@ def open_pipeline(ckpt: str, vae_ckpt: str = "", pn: str = "", use_ema: bool = F
 
     A run brings its tokenizer, scales and class names along, unless others are named: see `from_files`.
     """
-    from utils.checkpoint import EMA
-    from utils.weights import find_weights  # here, since that module builds these models too
+    from models.weights import find_weights  # here, since that module builds these models too
+    from utils.runtime.checkpoint import EMA
 
     path, named = Path(ckpt), ScaleSchedule.parse(pn) if pn else None
     on_hub = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", ckpt) and not path.parent.exists()

@@ -69,7 +69,7 @@ def build_vae_var(
         V, Cvae: rows and width of the codebook.
         vae_ckpt: tokenizer file; its other sizes are read off it.
     """
-    from utils.weights import load_tokenizer  # here, since that module builds these models too
+    from models.weights import load_tokenizer  # here, since that module builds these models too
 
     vae = load_tokenizer(vae_ckpt) if vae_ckpt else VQVAE(VQVAEConfig(codebook_size=V, codebook_dim=Cvae)).eval()
     found = (vae.config.codebook_size, vae.config.codebook_dim)

@@ -13,8 +13,8 @@ from pathlib import Path
 if not __package__:  # run as a file: the project's root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.entry import entry
-from utils.flags import Parser
+from utils.runtime.entry import entry
+from utils.runtime.flags import Parser
 
 FLEXVAR, SAR = "jiaosiyu1999/FlexVAR", "ZGZzz/SAR"
 FILES = {

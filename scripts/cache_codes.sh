@@ -3,4 +3,4 @@
 set -euo pipefail
 source "$(dirname "$(readlink -f "$0")")/lib.sh"
 [ -n "$PYTHON" ] || fail "no Python found: run bash scripts/setup.sh"
-launch -m utils.code_cache "$@"
+launch -m utils.data.code_cache "$@"

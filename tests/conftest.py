@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from models import VQVAE, FlexVAR, FlexVARConfig, ScaleSchedule, VQVAEConfig
 from models.flexvar import sinusoids
 from models.pipeline import SARPipeline
-from utils.config import TrainConfig
-from utils.distributed import Ranks
-from utils.flags import parse
-from utils.weights import save_weights
+from models.weights import save_weights
+from utils.config.training import TrainConfig
+from utils.runtime.distributed import Ranks
+from utils.runtime.flags import parse
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests/data"

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from models import FlexVAR
+from models.weights import find_weights, load_flexvar
 from tests.conftest import ALONE, config_of, fill, tool
 from train import build
-from utils.checkpoint import (
+from utils.runtime.checkpoint import (
     EMA,
     MANIFEST,
     MODEL,
@@ -23,8 +24,7 @@ from utils.checkpoint import (
     read_manifest,
     verify,
 )
-from utils.files import digest, seal
-from utils.weights import find_weights, load_flexvar
+from utils.runtime.files import digest, seal
 
 ABOUT = {"config": {}, "facts": {}, "micro_batch": 1}
 

@@ -16,12 +16,12 @@ from PIL import Image
 from models.scales import ScaleSchedule
 from tests.conftest import ALONE, ROOT, config_of, run, torchrun
 from train import build as build_trainer
-from utils import code_cache
-from utils.code_cache import CacheConfig, CacheFlags, CodeCache, build, open_cache
-from utils.config import DataConfig
-from utils.data import encode_batch, make_loader, open_dataset
-from utils.distributed import Ranks
-from utils.files import read_json, write_json
+from utils.config.training import DataConfig
+from utils.data import code_cache
+from utils.data.code_cache import CacheConfig, CacheFlags, CodeCache, build, open_cache
+from utils.data.datasets import encode_batch, make_loader, open_dataset
+from utils.runtime.distributed import Ranks
+from utils.runtime.files import read_json, write_json
 
 
 def flags_of(small_vae_file, out, **changed):
@@ -39,7 +39,7 @@ def cache(small_vae_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny_vae(small_vae_file):
-    from utils.weights import load_tokenizer
+    from models.weights import load_tokenizer
 
     return load_tokenizer(small_vae_file)
 
@@ -70,7 +70,7 @@ def test_a_run_from_the_cache_equals_one_from_images(cache, flags, tmp_path, mon
         runs[name] = build_trainer(config_of(some, f"--out_dir={tmp_path / name}"), ALONE)
         if name == "cache":  # neither an image nor the tokenizer's encoder is touched
             monkeypatch.setattr(runs[name].vae, "encode", None)
-            monkeypatch.setattr("utils.data.digits", None)
+            monkeypatch.setattr("utils.data.datasets.digits", None)
         runs[name].fit()
     for (name, a), b in zip(
         runs["images"].model.state_dict().items(), runs["cache"].model.state_dict().values(), strict=True
@@ -88,7 +88,7 @@ def test_the_loaders_workers_read_the_same(cache, tiny_vae):
 
 
 def test_two_ranks_write_the_same_files(cache, small_vae_file, tmp_path):
-    torchrun(2, "-m", "utils.code_cache", f"--out={tmp_path / 'c'}", f"--vae_ckpt={small_vae_file}", "--batch=64",
+    torchrun(2, "-m", "utils.data.code_cache", f"--out={tmp_path / 'c'}", f"--vae_ckpt={small_vae_file}", "--batch=64",
              "--dataset=digits", "--workers=0", "--image_size=16", "--crops=3", "--shard_images=500")  # fmt: skip
     for path in cache.rglob("*"):
         if path.is_file():
@@ -129,7 +129,7 @@ def test_what_is_missing_of_a_half_built_cache_is_dealt_evenly(cache, small_vae_
 
 def test_a_killed_build_goes_on_and_ends_the_same(cache, small_vae_file, tmp_path):
     out = tmp_path / "c"
-    command = [sys.executable, "-m", "utils.code_cache", f"--out={out}", f"--vae_ckpt={small_vae_file}"]
+    command = [sys.executable, "-m", "utils.data.code_cache", f"--out={out}", f"--vae_ckpt={small_vae_file}"]
     command += ["--dataset=digits", "--workers=0", "--image_size=16", "--crops=3", "--batch=64", "--shard_images=500"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
@@ -165,7 +165,7 @@ def test_a_cache_that_does_not_fit_is_refused(cache, flags, vae, tiny_vae, small
 def test_damage_is_found(cache, tiny_vae, tmp_path):
     copy = tmp_path / "c"
     shutil.copytree(cache, copy)
-    verify = [sys.executable, "-m", "utils.code_cache", f"--out={copy}", "--verify"]
+    verify = [sys.executable, "-m", "utils.data.code_cache", f"--out={copy}", "--verify"]
     assert "4 shards" in run(*verify).stdout  # three of training, one held out
     shard = copy / "train/shard_00001.npy"
     content = bytearray(shard.read_bytes())
@@ -177,7 +177,7 @@ def test_damage_is_found(cache, tiny_vae, tmp_path):
     shard.write_bytes(content[:-1])
     with pytest.raises(ValueError, match=r"shard_00001\.npy is missing or damaged"):
         CodeCache(copy, "train")
-    done = run(sys.executable, "-m", "utils.code_cache", "--verify", check=False)
+    done = run(sys.executable, "-m", "utils.data.code_cache", "--verify", check=False)
     assert done.returncode == 1
     assert "--out is missing" in done.stderr
 

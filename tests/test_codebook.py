@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from utils.codebook import CodebookUse, histogram, perplexity, revive, usage
+from utils.tokenizer.codebook import CodebookUse, histogram, perplexity, revive, usage
 
 
 def test_histogram_counts():

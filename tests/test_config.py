@@ -6,14 +6,15 @@ import pytest
 
 from models.scales import DEFAULT_SCHEDULE
 from tests.conftest import ROOT
-from utils import config as config_module
-from utils import config_sampling, config_tokenizer
-from utils.code_cache import CacheFlags
-from utils.config import TrainConfig
-from utils.config_sampling import EvalConfig, SampleConfig
-from utils.config_tokenizer import TokenizerTrainConfig
-from utils.data import StepSampler
-from utils.flags import RETIRED, SYNONYMS, Parser, parse, translate
+from utils.config import sampling as config_sampling
+from utils.config import tokenizer as config_tokenizer
+from utils.config import training as config_module
+from utils.config.sampling import EvalConfig, SampleConfig
+from utils.config.tokenizer import TokenizerTrainConfig
+from utils.config.training import TrainConfig
+from utils.data.code_cache import CacheFlags
+from utils.data.datasets import StepSampler
+from utils.runtime.flags import RETIRED, SYNONYMS, Parser, parse, translate
 
 
 def test_released_names_and_both_spellings():
@@ -189,7 +190,7 @@ def attributes_read(path):
 def test_every_field_is_read_by_something():
     sources = [p for p in ROOT.rglob("*.py") if not {"tests", ".venv"} & set(p.relative_to(ROOT).parts)]
     outside = set().union(*(attributes_read(p) for p in sources if not p.name.startswith("config")))
-    inside = attributes_read(ROOT / "utils/config.py") | attributes_read(ROOT / "utils/config_sampling.py")
+    inside = attributes_read(ROOT / "utils/config/training.py") | attributes_read(ROOT / "utils/config/sampling.py")
     by_property = {"pn", "exp_name", "out_dir"}  # .scales, .name, .directory
     swept = {"sweep_cfg", "sweep_top_k", "sweep_top_p"}  # .settings(), by their names
     assert by_property <= inside

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from models.scales import ScaleSchedule
-from utils import data
-from utils.config import DataConfig
-from utils.data import (
+from utils.config.training import DataConfig
+from utils.data import datasets as data
+from utils.data.datasets import (
     StepSampler,
     accumulation,
     adm_crop,

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from models.weights import find_weights
 from pretrained import download as module
 from tests.conftest import ROOT, run
-from utils.weights import find_weights
 
 
 def test_each_released_file_has_its_repository():

@@ -15,10 +15,10 @@ from PIL import Image
 from evaluate import Generated, label_order, main
 from models import SARPipeline
 from tests.conftest import ROOT, run, tool, torchrun
-from utils.config_sampling import EvalConfig
+from utils.config.sampling import EvalConfig
 from utils.evaluations.c2i.images import FolderImages, NpzImages, Resized, open_images, write_npz
 from utils.evaluations.c2i.report import write_sweep
-from utils.flags import parse
+from utils.runtime.flags import parse
 
 NAME = "efficientnet_lite0"
 METRICS = {f"{m}_{NAME}" for m in ("frechet_distance", "spatial_frechet_distance", "precision", "recall")}

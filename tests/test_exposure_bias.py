@@ -6,8 +6,8 @@ from models import Draw, SARPipeline
 from models.head import sample_tokens
 from models.sampling import image_uniforms, walk
 from models.scales import ScaleSchedule, shift_all
-from utils.config import DataConfig
-from utils.data import encode_batch, open_dataset, plain_images
+from utils.config.training import DataConfig
+from utils.data.datasets import encode_batch, open_dataset, plain_images
 from utils.evaluations import exposure_bias
 from utils.evaluations.exposure_bias import Exposure, HeldOut
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from utils.files import (
+from utils.runtime.files import (
     read_array,
     read_json,
     read_tensors,
@@ -27,11 +27,11 @@ DOORS = re.compile(
     r"torch\.load\(|np\.load\(|load_file\(|safe_open\(|json\.load|np\.save\(|save_file\(|os\.replace\(|pickle\.load"
 )
 ALLOWED = {
-    "utils/files.py",
-    "utils/checkpoint.py",  # renames whole directories
-    "utils/log.py",  # reads and writes JSON lines, not a file of them
-    "utils/pictures.py",
-    "utils/visualize.py",
+    "utils/runtime/files.py",
+    "utils/runtime/checkpoint.py",  # renames whole directories
+    "utils/training/log.py",  # reads and writes JSON lines, not a file of them
+    "utils/reporting/pictures.py",
+    "experiments/figures.py",
 }
 
 
@@ -39,7 +39,7 @@ def test_there_is_one_door_to_the_disk():
     sources = [p for p in ROOT.rglob("*.py") if p.relative_to(ROOT).parts[0] not in ("tests", ".venv", "out")]
     found = {str(p.relative_to(ROOT)) for p in sources if DOORS.search(p.read_text(encoding="utf-8"))}
     assert found <= ALLOWED
-    assert "utils/files.py" in found
+    assert "utils/runtime/files.py" in found
 
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path):

@@ -8,7 +8,7 @@ from models import FlexVAR
 from tests.conftest import ALONE, config_of
 from tests.test_trainer import TF, assert_same, weights_of
 from train import build
-from utils.checkpoint import newest_checkpoint
+from utils.runtime.checkpoint import newest_checkpoint
 
 
 def spoiled(trainer, step, how):

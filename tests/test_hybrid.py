@@ -13,13 +13,13 @@ from models.hybrid import HybridConfig, HybridVAR, MaskedInputs, draw_share
 from models.pipeline import SARPipeline, open_pipeline
 from models.sampling import Draw, sample_codes
 from models.scales import shift_all
+from models.weights import load_flexvar, load_strictly, read_state_dict, save_weights
 from tests.conftest import ALONE, config_of, fill, tool, torchrun
 from tests.test_trainer import assert_same, lines_of, weights_of
 from train import build
-from utils.config import DataConfig
+from utils.config.training import DataConfig
 from utils.evaluations.exposure_bias import Exposure, HeldOut
-from utils.files import read_json
-from utils.weights import load_flexvar, load_strictly, read_state_dict, save_weights
+from utils.runtime.files import read_json
 
 SCHEDULE = ScaleSchedule((2, 3, 4))
 TF = "--training_mode=teacher_forcing"

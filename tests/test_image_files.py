@@ -11,10 +11,19 @@ from torchvision.datasets import ImageFolder
 from models.pipeline import from_pil, open_pipeline
 from tests.conftest import ALONE, config_of, tool
 from train import build
-from utils.config import DataConfig
-from utils.data import check_dataset, main, open_dataset
+from utils.config.training import DataConfig
+from utils.data.check import main
+from utils.data.datasets import check_dataset, open_dataset
 from utils.evaluations.c2i.images import FolderImages, fingerprint
-from utils.image_files import BadImage, ClassFolders, image_size, read_image, read_mask, upright_rgb, walk_images
+from utils.runtime.image_files import (
+    BadImage,
+    ClassFolders,
+    image_size,
+    read_image,
+    read_mask,
+    upright_rgb,
+    walk_images,
+)
 
 
 def paint(path, colour="red", size=(24, 24)):
@@ -50,7 +59,7 @@ def test_all_see_the_same_files(tree):
     assert {os.path.relpath(path, tree) for path, _ in source.samples} == wanted
     assert {os.path.relpath(path, tree) for path in FolderImages(tree).files} == wanted
     assert len(open_dataset(DataConfig(data_path=str(tree.parent)), 16, 0, "train")) == len(wanted)
-    status, out, _ = tool(main, "check", tree.parent)
+    status, out, _ = tool(main, tree.parent)
     assert status == 0
     assert f"{len(wanted)} images, 0 bad, 2 other files; 2 classes of 1…{len(wanted) - 1}" in out
     for hidden in (".ipynb_checkpoints", "__MACOSX"):

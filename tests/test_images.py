@@ -11,10 +11,11 @@ from PIL import Image
 
 from tests.conftest import ALONE, config_of, run, tool
 from train import build
-from utils.config import DataConfig
-from utils.data import main, make_loader, open_dataset
-from utils.image_files import BadImage, read_image
-from utils.images import adm_crop
+from utils.config.training import DataConfig
+from utils.data.check import main
+from utils.data.datasets import make_loader, open_dataset
+from utils.data.images import adm_crop
+from utils.runtime.image_files import BadImage, read_image
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
 
@@ -154,9 +155,9 @@ def test_a_run_that_skips_trains(flags, tmp_path):
 def test_scanning_a_data_set(tmp_path):
     data = folder(tmp_path / "data", bad=["truncated.jpg", "bomb.png"])
     (tmp_path / "data/train/a/notes.txt").write_text("x")
-    status, out, _ = tool(main, "check", data)
+    status, out, _ = tool(main, data)
     assert status == 1
     assert "train: 32 images, 2 bad, 1 other files; 2 classes of 15…17" in out
     assert sum("cannot use the image" in line for line in out.splitlines()) == 2
-    assert tool(main, "check", folder(tmp_path / "good"))[0] == 0
-    assert "error: " in tool(main, "check", tmp_path / "x")[2]
+    assert tool(main, folder(tmp_path / "good"))[0] == 0
+    assert "error: " in tool(main, tmp_path / "x")[2]

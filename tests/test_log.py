@@ -7,10 +7,10 @@ import torch
 
 from tests.conftest import ALONE, config_of, run, tool
 from train import main
-from utils.config import TrainConfig
-from utils.distributed import Ranks
-from utils.flags import parse
-from utils.log import JsonLines, Meter, Progress, Silent, clock, make_logger
+from utils.config.training import TrainConfig
+from utils.runtime.distributed import Ranks
+from utils.runtime.flags import parse
+from utils.training.log import JsonLines, Meter, Progress, Silent, clock, make_logger
 
 
 def test_means_over_steps_with_names_that_come_and_go():

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from models.generators import config_of
-from utils.config import OptimConfig
-from utils.optim import Precision, derive_seed, learning_rate, make_optimizer
+from utils.config.training import OptimConfig
+from utils.runtime.numerics import Precision, derive_seed
+from utils.training.optim import learning_rate, make_optimizer
 
 
 @pytest.mark.parametrize("first", [{}, {"first_side": 2}])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from utils.evaluations.c2i import features
-from utils.perceptual import EfficientNetDistance, make_perceptual
+from utils.tokenizer.perceptual import EfficientNetDistance, make_perceptual
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 

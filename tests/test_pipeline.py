@@ -16,9 +16,9 @@ from models.pipeline import (
     to_bytes,
 )
 from models.scales import ScaleSchedule
+from models.weights import save_weights
 from tests.conftest import run
-from utils.checkpoint import MODEL, Checkpoints, RunState
-from utils.weights import save_weights
+from utils.runtime.checkpoint import MODEL, Checkpoints, RunState
 
 NAMES = [f"animal {letter}" for letter in "abcdefghij"]
 

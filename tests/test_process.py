@@ -8,9 +8,12 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.faults.harness import alive
-from utils.process import STOP_SIGNALS, StopRequest, locked
+from utils.runtime.process import STOP_SIGNALS, StopRequest, locked
 
-CODE = "import sys, time; sys.path.insert(0, {root!r}); from pathlib import Path; from utils.process import *; {rest}"
+CODE = (
+    "import sys, time; sys.path.insert(0, {root!r}); from pathlib import Path\n"
+    "from utils.runtime.process import *; {rest}"
+)
 
 
 def process(rest, **options):
@@ -55,7 +58,7 @@ def test_a_child_dies_with_its_parent():
 
 def test_a_loaders_worker_does_not_get_its_trainers_signals():
     """They are sent to the group; and one of its own ends it only after a while."""
-    soon = "setattr(sys.modules['utils.process'], 'OUTLIVE', 1)"
+    soon = "setattr(sys.modules['utils.runtime.process'], 'OUTLIVE', 1)"
     child = f"{soon}, become_worker(0), print('ready', os.getpid(), flush=True), time.sleep(60)"
     listening = "signal.signal(signal.SIGTERM, lambda *_: print('told', flush=True))"
     parent = process(f"{listening}; os.fork() or [{child}]; time.sleep(60)", start_new_session=True)

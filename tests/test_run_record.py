@@ -8,16 +8,16 @@ import torch
 from PIL import Image
 
 from evaluate import main as evaluate
+from experiments.figures import main as visualize
 from models import VQVAE, SARPipeline, open_pipeline
 from models.pipeline import main as convert
+from models.run_record import find_run
+from models.weights import load_tokenizer, save_weights
 from sample import main as sample
 from tests.conftest import ALONE, config_of, tool
 from train import build, check
-from utils.checkpoint import main as checkpoint
-from utils.files import read_json, write_json
-from utils.run_record import find_run
-from utils.visualize import main as visualize
-from utils.weights import load_tokenizer, save_weights
+from utils.runtime.checkpoint import main as checkpoint
+from utils.runtime.files import read_json, write_json
 
 
 def other_weights(vae_file, path):

@@ -3,12 +3,12 @@ import pytest
 from PIL import Image, ImageDraw
 
 from models.pipeline import SARPipeline
+from models.weights import save_weights
 from sample import check_sheet, main
 from tests.conftest import tool
-from utils.config_sampling import SampleConfig
-from utils.flags import parse
-from utils.pictures import captioned_grid
-from utils.weights import save_weights
+from utils.config.sampling import SampleConfig
+from utils.reporting.pictures import captioned_grid
+from utils.runtime.flags import parse
 
 
 @pytest.fixture

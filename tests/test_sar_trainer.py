@@ -11,7 +11,7 @@ from sar_trainer import SARTrainer
 from tests.conftest import ALONE, config_of, worst
 from train import TRAINERS, build
 from trainer import Trainer
-from utils.data import CodeBatch, open_dataset
+from utils.data.datasets import CodeBatch, open_dataset
 
 
 @pytest.fixture

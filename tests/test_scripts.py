@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 
 from models.flexvar import FlexVAR, FlexVARConfig
+from models.weights import load_flexvar, load_tokenizer, save_weights
 from tests.conftest import ROOT, calls_of, run
-from utils.checkpoint import newest_checkpoint
-from utils.config import TrainConfig
-from utils.config_sampling import EvalConfig
-from utils.config_tokenizer import TokenizerTrainConfig
-from utils.flags import parse
-from utils.weights import load_flexvar, load_tokenizer, save_weights
+from utils.config.sampling import EvalConfig
+from utils.config.tokenizer import TokenizerTrainConfig
+from utils.config.training import TrainConfig
+from utils.runtime.checkpoint import newest_checkpoint
+from utils.runtime.flags import parse
 
 TRAIN_SCRIPTS = sorted(p.name for p in (ROOT / "scripts").glob("train_*_d*.sh"))
 

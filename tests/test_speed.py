@@ -12,8 +12,8 @@ from models import FlexVAR, FlexVARConfig
 from models.scales import draw_schedule
 from tests.conftest import ALONE, ROOT, config_of, torchrun, worst
 from train import build
-from utils.checkpoint import newest_checkpoint
-from utils.distributed import alone
+from utils.runtime.checkpoint import newest_checkpoint
+from utils.runtime.distributed import alone
 
 TRAIN = str(ROOT / "train.py")
 

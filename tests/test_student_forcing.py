@@ -7,8 +7,8 @@ from models.scales import ScaleSchedule, shift_all, shift_up
 from student_forcing import STUDENT_FORCING
 from tests.conftest import ALONE, config_of, torchrun, worst
 from trainer import Trainer
-from utils.checkpoint import newest_checkpoint
-from utils.data import CodeBatch, open_dataset
+from utils.data.datasets import CodeBatch, open_dataset
+from utils.runtime.checkpoint import newest_checkpoint
 
 
 @pytest.fixture

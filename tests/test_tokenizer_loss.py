@@ -4,8 +4,8 @@ import torch.nn.functional as F
 
 from models import VQVAE, VQVAEConfig
 from models.discriminator import Discriminator, hinge_loss
-from utils.config_tokenizer import TokenizerLossConfig
-from utils.tokenizer_loss import MultiScaleLoss, Opponent, entropy_term
+from utils.config.tokenizer import TokenizerLossConfig
+from utils.tokenizer.losses import MultiScaleLoss, Opponent, entropy_term
 
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 

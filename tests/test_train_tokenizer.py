@@ -3,14 +3,14 @@ import copy
 import pytest
 import torch
 
+from models.weights import load_tokenizer
 from tests.conftest import ALONE, torchrun
 from train_tokenizer import build, check
-from utils.checkpoint import checkpoints, read_checkpoint
-from utils.config_tokenizer import TokenizerTrainConfig
-from utils.files import save_tensors
-from utils.flags import parse
-from utils.pictures import read_metrics
-from utils.weights import load_tokenizer
+from utils.config.tokenizer import TokenizerTrainConfig
+from utils.reporting.pictures import read_metrics
+from utils.runtime.checkpoint import checkpoints, read_checkpoint
+from utils.runtime.files import save_tensors
+from utils.runtime.flags import parse
 
 SMALL = [
     "--dataset=digits", "--workers=0", "--image_size=16", "--base_width=32", "--width_mult", "1", "1", "1",

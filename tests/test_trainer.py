@@ -8,14 +8,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from models.scales import draw_schedule
+from models.weights import save_weights
 from sar_trainer import SARTrainer
 from tests.conftest import ALONE, config_of, fill, run, tool, torchrun
 from train import build, main
 from trainer import Trainer
-from utils.checkpoint import newest_checkpoint
-from utils.data import CodeBatch, encode_batch, open_dataset
-from utils.loop import Loop
-from utils.weights import save_weights
+from utils.data.datasets import CodeBatch, encode_batch, open_dataset
+from utils.runtime.checkpoint import newest_checkpoint
+from utils.training.loop import Loop
 
 TF = "--training_mode=teacher_forcing"
 CPU = torch.device("cpu")

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from experiments import figures as figures
+from experiments.figures import FIGURES
 from models import FlexVAR, FlexVARConfig, ScaleSchedule
 from models.scales import shift_up
+from models.weights import load_flexvar, load_tokenizer, save_weights
 from tests.conftest import tool
-from utils import visualize as figures
-from utils.config import DataConfig
-from utils.data import open_dataset
-from utils.visualize import FIGURES
-from utils.weights import load_flexvar, load_tokenizer, save_weights
+from utils.config.training import DataConfig
+from utils.data.datasets import open_dataset
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from safetensors.torch import save_file
 
 from models import VQVAE, FlexVAR, FlexVARConfig, SARPipeline, VQVAEConfig, build_vae_var
 from models.pipeline import open_pipeline
+from models.weights import digest_of, load_flexvar, load_strictly, load_tokenizer
 from tests.conftest import ALONE, config_of, fill
 from train import build
 from train_tokenizer import build as build_tokenizer
-from utils.config_tokenizer import TokenizerTrainConfig
-from utils.flags import parse
-from utils.weights import digest_of, load_flexvar, load_strictly, load_tokenizer
+from utils.config.tokenizer import TokenizerTrainConfig
+from utils.runtime.flags import parse
 
 
 def containers(weights, tmp_path):

@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 from tests.conftest import ROOT, config_of
 from train import build, check
-from utils.checkpoint import newest_checkpoint, read_checkpoint
-from utils.entry import entry
-from utils.loop import Loop, start
+from utils.runtime.checkpoint import newest_checkpoint, read_checkpoint
+from utils.runtime.entry import entry
+from utils.training.loop import Loop, start
 
 Fault = Callable[[], None]  # prepares a process that will go wrong
 
@@ -72,7 +72,7 @@ class Points:
         self.fatal, self.seen = fatal, 0
 
     def install(self) -> None:
-        from utils import checkpoint, files
+        from utils.runtime import checkpoint, files
 
         for module, name in [
             (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (torch, "save"), (files, "save_file"),

@@ -25,7 +25,7 @@ class Mutation:
     test: str
 
 
-CHECKPOINT, KILL = "utils/checkpoint.py", "tests/faults/test_kill.py"
+CHECKPOINT, KILL = "utils/runtime/checkpoint.py", "tests/faults/test_kill.py"
 MUTATIONS = [
     Mutation(
         "written under a temporary name, then renamed",
@@ -43,7 +43,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the manifest's own digest",
-        "utils/files.py",
+        "utils/runtime/files.py",
         "if found != seal(content):",
         "if False:",
         "tests/test_checkpoint.py::test_other_versions_and_altered_manifests_are_named",
@@ -57,21 +57,21 @@ MUTATIONS = [
     ),
     Mutation(
         "damaged checkpoints set aside",
-        "utils/learner.py",
+        "utils/training/learner.py",
         "self.checkpoints.set_aside(after=self.step)",
         "pass",
         "tests/test_checkpoint.py::test_a_damaged_one_is_out_of_the_way_after_a_resume",
     ),
     Mutation(
         "flushed to disk before the rename",
-        "utils/files.py",
+        "utils/runtime/files.py",
         "        flush(partial)\n",
         "",
         "tests/test_files.py::test_data_are_on_disk_before_the_name_is",
     ),
     Mutation(
         "finite check before the update",
-        "utils/finite.py",
+        "utils/training/nan_guard.py",
         "bad = flags.any()",
         "bad = flags.any() & False",
         "tests/test_finite.py::test_it_stops_before_the_weights_change",
@@ -85,35 +85,35 @@ MUTATIONS = [
     ),
     Mutation(
         "agreement of the ranks",
-        "utils/distributed.py",
+        "utils/runtime/distributed.py",
         "            dist.all_reduce(numbers, dist.ReduceOp.MAX)\n",
         "            pass\n",
         "tests/faults/test_signals.py::test_a_signal_to_one_rank_stops_all",
     ),
     Mutation(
         "log lines that span a save",
-        "utils/learner.py",
+        "utils/training/learner.py",
         "        self.meter.restore(state.meter, self.ranks)\n",
         "",
         "tests/faults/test_damage.py::test_some_damage",
     ),
     Mutation(
         "lock on the run's directory",
-        "utils/process.py",
+        "utils/runtime/process.py",
         "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "pass",
         "tests/faults/test_signals.py::test_a_second_start_is_refused",
     ),
     Mutation(
         "death with the launcher",
-        "utils/distributed.py",
+        "utils/runtime/distributed.py",
         "    die_with_parent()  #",
         "    pass  #",
         "tests/faults/test_signals.py::test_the_launcher_is_killed[0]",
     ),
     Mutation(
         "no code in weight files",
-        "utils/files.py",
+        "utils/runtime/files.py",
         "weights_only=True, mmap=mmap",
         "weights_only=False, mmap=mmap",
         "tests/faults/test_untrusted.py::test_no_entry_executes_a_pickle",
@@ -127,28 +127,28 @@ MUTATIONS = [
     ),
     Mutation(
         "hidden folders left out",
-        "utils/image_files.py",
+        "utils/runtime/image_files.py",
         'return name.startswith(".") or name == LEFT_OUT',
         "return False",
         "tests/test_image_files.py::test_all_see_the_same_files",
     ),
     Mutation(
         "a cache's images compared",
-        "utils/code_cache.py",
+        "utils/data/code_cache.py",
         "if before != settings:",
         "if False:",
         "tests/test_code_cache.py::test_images_that_changed_under_the_same_names_are_noticed",
     ),
     Mutation(
         "numbers that are finite",
-        "utils/flags.py",
+        "utils/runtime/flags.py",
         "isinstance(value, float) and not math.isfinite(value)",
         "False",
         "tests/test_config.py::test_numbers_are_numbers",
     ),
     Mutation(
         "size of archives",
-        "utils/files.py",
+        "utils/runtime/files.py",
         "        check_archive(path)\n",
         "",
         "tests/test_files.py::test_files_that_claim_more_than_they_hold_are_refused_before_memory_is_taken",

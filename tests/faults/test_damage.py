@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.harness import assert_identical, attempt, each_step, log_of, small_disk
 from tests.test_checkpoint import damage
-from utils.checkpoint import EMA, MANIFEST, MODEL, STATE
+from utils.runtime.checkpoint import EMA, MANIFEST, MODEL, STATE
 
 HOW = ("missing", "empty", "half", "short", "flipped")
 ALL = [(name, how) for name in (MODEL, EMA, STATE, MANIFEST) for how in HOW]

@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from models import VQVAE, FlexVAR, FlexVARConfig, VQVAEConfig
+from models.weights import save_weights
 from tests.conftest import ALONE, fill
 from tests.faults.harness import attempt, lines_of, log_of
-from utils.code_cache import CacheConfig, CacheFlags, build
-from utils.config import DataConfig, TrainConfig
-from utils.files import digest
-from utils.weights import save_weights
+from utils.config.training import DataConfig, TrainConfig
+from utils.data.code_cache import CacheConfig, CacheFlags, build
+from utils.runtime.files import digest
 
 SIXTEEN = "--pn=1_2_3_4_5_6_8_10_13_16"
 HYBRID = ["--model=hybrid", "--first_side=2", "--vis_num_samples=2"]

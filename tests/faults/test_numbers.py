@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.faults.harness import alive, assert_identical, attempt, each_step, launch, lines_of, log_of
-from utils.checkpoint import MODEL, checkpoints, verify
-from utils.files import read_tensors
+from utils.runtime.checkpoint import MODEL, checkpoints, verify
+from utils.runtime.files import read_tensors
 
 
 def assert_all_finite(directory, at_least=1):

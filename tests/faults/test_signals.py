@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.faults.harness import assert_identical, attempt, children, each_step, killed, launch, log_of
-from utils.checkpoint import newest_checkpoint
+from utils.runtime.checkpoint import newest_checkpoint
 
 LONG = ["--max_steps=100000", "--ep=100000", "--save_every_steps=1000000", "--eval_images=0", "--log_every=5"]
 LONG += ["--eval_every=0"]  # over the fixture's

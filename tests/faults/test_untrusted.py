@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from models.pipeline import open_pipeline
+from models.weights import load_flexvar, load_tokenizer, save_weights
 from tests.conftest import ALONE, config_of
 from train import build
-from utils.checkpoint import MANIFEST, MODEL, STATE, newest_checkpoint, read_checkpoint, verify
-from utils.code_cache import CacheConfig, CacheFlags, CodeCache, read_manifest
-from utils.code_cache import build as build_cache
-from utils.config import DataConfig
+from utils.config.training import DataConfig
+from utils.data.code_cache import CacheConfig, CacheFlags, CodeCache, read_manifest
+from utils.data.code_cache import build as build_cache
 from utils.evaluations.c2i.features import Inception
 from utils.evaluations.c2i.images import open_images
-from utils.weights import load_flexvar, load_tokenizer, save_weights
+from utils.runtime.checkpoint import MANIFEST, MODEL, STATE, newest_checkpoint, read_checkpoint, verify
 
 PAYLOADS = [b"\x00", b"\xff" * 8, b'{"a":', b"1e999", b"null", b"../../../../etc/passwd", b"[" * 50, "ä".encode()]
 

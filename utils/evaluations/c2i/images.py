@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.config_sampling import EvalConfig
-from utils.entry import notice
+from utils.config.sampling import EvalConfig
+from utils.data.images import adm_crop
 from utils.evaluations.c2i.features import Extractor
-from utils.files import digest_of_stats, read_array, replacing
-from utils.image_files import image_size, name_left_out, read_image, walk_images
-from utils.images import adm_crop
+from utils.runtime.entry import notice
+from utils.runtime.files import digest_of_stats, read_array, replacing
+from utils.runtime.image_files import image_size, name_left_out, read_image, walk_images
 
 
 class ImageSource(Protocol):

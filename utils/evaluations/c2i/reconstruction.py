@@ -13,23 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.run_record import find_run
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 from models.vqvae import VQVAE, exact_convolutions, to_bytes
-from utils.codebook import histogram, perplexity, usage
-from utils.config_sampling import EvalConfig
-from utils.data import evenly
-from utils.distributed import Ranks
+from models.weights import digest_of, load_tokenizer
+from utils.config.sampling import EvalConfig
+from utils.data.datasets import evenly
 from utils.evaluations.c2i.features import Extractor
 from utils.evaluations.c2i.images import ImageSource, describe_images, open_images
 from utils.evaluations.c2i.metrics import WINDOW, psnr, ssim
 from utils.evaluations.c2i.reference import Reference
 from utils.evaluations.c2i.report import score
 from utils.evaluations.c2i.store import FeatureStore, chunk_size
-from utils.files import read_array, save_array
-from utils.pictures import grid, save_picture
-from utils.run_record import find_run
-from utils.tokenizer_loss import resize_to
-from utils.weights import digest_of, load_tokenizer
+from utils.reporting.pictures import grid, save_picture
+from utils.runtime.distributed import Ranks
+from utils.runtime.files import read_array, save_array
+from utils.tokenizer.codebook import histogram, perplexity, usage
+from utils.tokenizer.losses import resize_to
 
 SHOWN = 8  # images in the picture
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.config_sampling import EvalConfig
-from utils.distributed import Ranks
+from utils.config.sampling import EvalConfig
 from utils.evaluations.c2i.features import Extractor
 from utils.evaluations.c2i.images import ImageSource, fingerprint, npz_array, open_images
 from utils.evaluations.c2i.metrics import Statistics
 from utils.evaluations.c2i.store import FeatureStore
-from utils.files import digest, replacing
+from utils.runtime.distributed import Ranks
+from utils.runtime.files import digest, replacing
 
 IMAGENET = Path(__file__).parents[3] / "pretrained/VIRTUAL_imagenet256_labeled.npz"
 IMAGENET_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/" + IMAGENET.name

@@ -6,13 +6,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.config_sampling import EvalConfig
+from utils.config.sampling import EvalConfig
 from utils.evaluations.c2i.features import Extractor
 from utils.evaluations.c2i.metrics import Statistics, frechet_distance, inception_score, precision_recall
 from utils.evaluations.c2i.reference import Reference
 from utils.evaluations.c2i.store import FeatureStore
-from utils.files import read_json, write_json
-from utils.tables import markdown
+from utils.reporting.tables import markdown
+from utils.runtime.files import read_json, write_json
 
 # What a number is called depends on the features: only Inception's are what the field calls FID and IS.
 NAMES = {"frechet": "fid", "spatial": "sfid", "score": "inception_score", "precision": "precision", "recall": "recall"}

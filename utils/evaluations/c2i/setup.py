@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from utils.distributed import alone
-from utils.entry import entry
 from utils.evaluations.c2i.features import make_extractor
 from utils.evaluations.c2i.images import npz_array
 from utils.evaluations.c2i.reference import fetch_imagenet, saved_statistics
-from utils.flags import Parser
+from utils.runtime.distributed import alone
+from utils.runtime.entry import entry
+from utils.runtime.flags import Parser
 
 
 def check_inception(path: str) -> str:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.config_sampling import EvalConfig
-from utils.distributed import Ranks
+from utils.config.sampling import EvalConfig
 from utils.evaluations.c2i.features import Extractor
 from utils.evaluations.c2i.images import ImageSource
-from utils.files import as_json, read_json, read_tensor, remove_stale, save_tensors, write_json
+from utils.runtime.distributed import Ranks
+from utils.runtime.files import as_json, read_json, read_tensor, remove_stale, save_tensors, write_json
 
 Keep = Callable[[range, Tensor], None]  # what else is done with the images (n, 3, H, W) of a chunk
 

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from models.sampling import evaluating
-from utils.data import StepSampler, Views, batches_of, evenly, make_loader
-from utils.distributed import Ranks, check_launch, ranks
-from utils.files import remove_stale, write_json
-from utils.learner import Config, Learner, Metrics
-from utils.log import METRICS, Progress, Silent, check_tracking, has_metric, make_logger, record_start
-from utils.pictures import save_picture
-from utils.process import StopRequest, locked
+from utils.data.datasets import StepSampler, Views, batches_of, evenly, make_loader
+from utils.reporting.pictures import save_picture
+from utils.runtime.distributed import Ranks, check_launch, ranks
+from utils.runtime.files import remove_stale, write_json
+from utils.runtime.process import StopRequest, locked
+from utils.runtime.provenance import record_start
+from utils.training.learner import Config, Learner, Metrics
+from utils.training.log import METRICS, Progress, Silent, check_tracking, has_metric, make_logger
 
 
 def start(config: Config, build: Callable[[Config, Ranks], Loop], check: Callable[[Config], None]) -> None:

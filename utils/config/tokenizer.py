@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from models.scales import ScaleSchedule
-from utils.config import DataConfig, LogConfig, OptimConfig, RunConfig, WatchConfig, check_watch
-from utils.flags import Flags, at_least, only_with
+from utils.config.training import DataConfig, LogConfig, OptimConfig, RunConfig, WatchConfig, check_watch
+from utils.runtime.flags import Flags, at_least, only_with
 
 
 @dataclass(frozen=True)

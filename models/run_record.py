@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.scales import ScaleSchedule
-from utils.checkpoint import last_facts
-from utils.files import read_json
+from utils.runtime.checkpoint import last_facts
+from utils.runtime.files import read_json
 
 CONFIG = "config.json"
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.evaluations.c2i.features import efficientnet_lite0, fetch
-from utils.files import read_tensors
-from utils.weights import load_strictly
+from models.backbones import efficientnet_lite0, fetch
+from models.weights import load_strictly
+from utils.runtime.files import read_tensors
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # the name carries the start of its SHA-256
 

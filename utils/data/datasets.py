@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -23,16 +21,21 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets as tv_datasets
-from tqdm import tqdm
 
 from models.scales import ScaleSchedule
 from models.vqvae import VQVAE
-from utils.config import DataConfig
-from utils.entry import entry, notice, refuse_inside
-from utils.flags import Parser
-from utils.image_files import BadImage, ClassFolders, class_names_in, flat_hint, name_left_out, problem, walk_images
-from utils.images import SkipBad, View, adm_crop, centre_crop, shift_and_rotate
-from utils.process import become_worker, cores
+from utils.config.training import DataConfig
+from utils.data.images import SkipBad, View, adm_crop, centre_crop, shift_and_rotate
+from utils.runtime.entry import notice, refuse_inside
+from utils.runtime.image_files import (
+    BadImage,
+    ClassFolders,
+    class_names_in,
+    flat_hint,
+    name_left_out,
+    walk_images,
+)
+from utils.runtime.process import become_worker, cores
 
 Key = tuple[int, int]  # epoch, index
 
@@ -286,39 +289,3 @@ def batches_of(loader: DataLoader) -> Iterator[Iterator]:
         end_workers = getattr(batches, "_shutdown_workers", None)  # else it happens whenever nothing holds the iterator
         if end_workers is not None:
             end_workers()
-
-
-# ------------------------------------------------------------------------------------------- command line
-
-
-def scan(folder: Path) -> int:
-    """Read every image below FOLDER/<class>/, say what is wrong and how many there are. Returns the bad ones."""
-    source = ClassFolders(folder)
-    paths = [path for path, _ in source.samples]
-    with ProcessPoolExecutor() as pool:
-        found = list(tqdm(pool.map(problem, paths, chunksize=16), total=len(paths), desc=str(folder), unit="image"))
-    bad = [line for line in found if line]
-    sizes = Counter(label for _, label in source.samples).values()
-    kinds = ", ".join(f"{n} {suffix}" for suffix, n in source.others.most_common(5))
-    notes = [name_left_out(source.left_out), f"no images, by their names: {kinds}" if kinds else ""]
-    for line in [*bad, *filter(None, notes)]:
-        print(line)
-    classes = f"{len(sizes)} classes of {min(sizes)}…{max(sizes)}"
-    print(f"{folder}: {len(paths)} images, {len(bad)} bad, {source.others.total()} other files; {classes}")
-    return len(bad)
-
-
-@entry
-def main() -> None:
-    """Read every image of a data set: python -m utils.data check DIR (with train/ and val/, or class folders)."""
-    parser = Parser(main.__doc__, prog="python -m utils.data")
-    parser.add_argument("command", choices=["check"])
-    parser.add_argument("directory", type=Path)
-    root = parser.parse_args().directory
-    folders = [root / split for split in ("train", "val") if (root / split).is_dir()] or [root]
-    if sum([scan(folder) for folder in folders]):
-        raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()

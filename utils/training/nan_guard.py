@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from utils.distributed import Ranks
-from utils.weights import some
+from models.weights import some
+from utils.runtime.distributed import Ranks
 
 Keys = Callable[[int, int], Sequence[tuple[int, int]]]  # step, rank → epoch and index of the images it saw
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from models.discriminator import Discriminator, hinge_loss
 from models.vqvae import VQVAE
-from utils.config_tokenizer import TokenizerLossConfig
-from utils.perceptual import Perceptual
+from utils.config.tokenizer import TokenizerLossConfig
+from utils.tokenizer.perceptual import Perceptual
 
 TEMPERATURE = 0.01  # of the entropy term's soft choice among the rows
 EPSILON, LARGEST = 1e-4, 1e4  # of the adaptive weight

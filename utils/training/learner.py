@@ -11,25 +11,24 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoint import EMA, MODEL, Checkpoints, RunState, read_checkpoint, read_manifest
-from utils.config import TrainConfig, check_changes
-from utils.config_tokenizer import TokenizerTrainConfig
-from utils.data import accumulation
-from utils.distributed import Ranks, data_parallel, gathered
-from utils.files import as_json
-from utils.finite import FiniteGuard
-from utils.log import Meter
-from utils.optim import (
+from models.weights import load_strictly, some
+from utils.config.tokenizer import TokenizerTrainConfig
+from utils.config.training import TrainConfig, check_changes
+from utils.data.datasets import accumulation
+from utils.runtime.checkpoint import EMA, MODEL, Checkpoints, RunState, read_checkpoint, read_manifest
+from utils.runtime.distributed import Ranks, data_parallel, gathered
+from utils.runtime.files import as_json
+from utils.runtime.numerics import Precision, derive_seed
+from utils.training.log import Meter
+from utils.training.nan_guard import FiniteGuard
+from utils.training.optim import (
     MovingAverage,
-    Precision,
     apply_gradients,
     clip_gradients,
-    derive_seed,
     learning_rate,
     make_optimizer,
     restore_optimizer,
 )
-from utils.weights import load_strictly, some
 
 Config = TrainConfig | TokenizerTrainConfig
 Metrics = dict[str, Tensor]

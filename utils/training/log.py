@@ -6,8 +6,6 @@ import json
 import math
 import netrc
 import os
-import platform
-import subprocess
 import sys
 import time
 import uuid
@@ -16,14 +14,13 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import torch
-import torchvision
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.config import LogConfig, TrainConfig
-from utils.config_tokenizer import TokenizerTrainConfig
-from utils.distributed import Ranks
-from utils.files import replacing
+from utils.config.tokenizer import TokenizerTrainConfig
+from utils.config.training import LogConfig, TrainConfig
+from utils.runtime.distributed import Ranks
+from utils.runtime.files import replacing
 
 METRICS = "metrics.jsonl"
 
@@ -278,36 +275,3 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def versions(me: Ranks) -> dict[str, str]:
-    """What a run or an evaluation was computed with."""
-    device = torch.cuda.get_device_name(me.device) if me.device.type == "cuda" else platform.processor() or "cpu"
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "device": f"{me.world} × {device}",
-    }
-
-
-def git_state() -> str:
-    """The commit of this code, "+" when files differ from it; empty outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def record_start(directory: Path, me: Ranks, step: int) -> None:
-    """A line in DIRECTORY/starts.jsonl: when, from which step, by which command, with which code and libraries."""
-    line = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "step": step,
-        "command": sys.argv,  # holds no key: see utils/flags.py
-        "git": git_state(),
-        **versions(me),
-    }
-    with (directory / "starts.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -47,7 +47,7 @@ def entry(main: Callable[[], None]) -> Callable[[], None]:
 
 def warning_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line=None) -> str:
     """A warning of this project as one line; others with the place they come from."""
-    own = category is UserWarning and Path(filename).resolve().is_relative_to(Path(__file__).resolve().parents[1])
+    own = category is UserWarning and Path(filename).resolve().is_relative_to(Path(__file__).resolve().parents[2])
     return f"warning: {message}\n" if own else f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 

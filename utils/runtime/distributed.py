@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-from utils.process import die_with_parent
+from utils.runtime.process import die_with_parent
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import simple_parsing
 
 from models.generators import GENERATORS
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
-from utils.flags import Flags, alias, at_least, at_most, only_with
+from utils.runtime.flags import Flags, alias, at_least, at_most, only_with
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import simple_parsing
 
-from utils.flags import Flags, alias, at_least, at_most, check_number, only_with, without
+from utils.runtime.flags import Flags, alias, at_least, at_most, check_number, only_with, without
 
 
 class Repeated(argparse.Action):

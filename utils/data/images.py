@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils.image_files import BadImage
+from utils.runtime.image_files import BadImage
 
 View = Callable[[Image.Image, int, random.Random | None], Image.Image]  # size; no rng: the evaluation view
 

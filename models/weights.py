@@ -15,10 +15,10 @@ from models.flexvar import FlexVAR
 from models.generators import recognise
 from models.vqvae import VQVAE, VQVAEConfig
 from pretrained.download import FILES
-from utils.checkpoint import EMA, MANIFEST, MODEL, newest_checkpoint, runs_below, verify
-from utils.distributed import shared_like
-from utils.entry import notice
-from utils.files import read_tensors, save_tensors
+from utils.runtime.checkpoint import EMA, MANIFEST, MODEL, newest_checkpoint, runs_below, verify
+from utils.runtime.distributed import shared_like
+from utils.runtime.entry import notice
+from utils.runtime.files import read_tensors, save_tensors
 
 StateDict = dict[str, Tensor]
 

@@ -1,0 +1,62 @@
+"""The rooms: in layers, and no import points up."""
+
+import ast
+import re
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, run
+
+LAYERS = [
+    {"utils.runtime", "utils.reporting", "pretrained"},
+    {"models"},
+    {"utils.config"},
+    {"utils.data"},
+    {"utils.tokenizer"},
+    {"utils.training"},
+    {"utils.evaluations"},
+    {"train", "trainer", "sar_trainer", "student_forcing", "train_tokenizer", "evaluate", "sample"},
+    {"experiments", "benchmarks"},
+]
+LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+# Old names of commands, which say the new ones: python -m utils.checkpoint …
+FACES = {"utils/checkpoint.py", "utils/code_cache.py", "utils/visualize.py", "utils/data/__main__.py"}
+
+
+def room_of(module: str) -> str | None:
+    """The room that a module lies in; None for what is none of ours."""
+    parts = module.split(".")
+    return next((".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in LAYER_OF), None)
+
+
+def imported(path) -> set[str]:
+    """Modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+SOURCES = [p for p in ROOT.rglob("*.py") if not {"tests", ".venv"} & set(p.relative_to(ROOT).parts)]
+SOURCES = [p for p in SOURCES if str(p.relative_to(ROOT)) not in {"utils/__init__.py", *FACES}]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_import_points_up(path):
+    here = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    assert here is not None, f"{path} lies in no room: put it into one, or add its room to LAYERS above"
+    rooms = {room_of(module) for module in imported(path)} - {None}
+    above = {room for room in rooms if LAYER_OF[room] > LAYER_OF[here]}
+    assert not above, f"{here} (layer {LAYER_OF[here]}) must not import {above}"
+
+
+@pytest.mark.parametrize("face", sorted(FACES))
+def test_old_commands_say_their_new_names(face):
+    module = face.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
+    done = run(sys.executable, "-m", module, *(["check"] if module == "utils.data" else []), "--help")
+    assert "usage: python -m " in done.stdout
+    assert re.search(rf"python -m {module}( check)? is python -m \S+ now", done.stderr)

@@ -1,0 +1,45 @@
+"""Read every image of a data set, before days of training do: python -m utils.data.check DIR"""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from utils.runtime.entry import entry
+from utils.runtime.flags import Parser
+from utils.runtime.image_files import ClassFolders, name_left_out, problem
+
+
+def scan(folder: Path) -> int:
+    """Read every image below FOLDER/<class>/, say what is wrong and how many there are. Returns the bad ones."""
+    source = ClassFolders(folder)
+    paths = [path for path, _ in source.samples]
+    with ProcessPoolExecutor() as pool:
+        found = list(tqdm(pool.map(problem, paths, chunksize=16), total=len(paths), desc=str(folder), unit="image"))
+    bad = [line for line in found if line]
+    sizes = Counter(label for _, label in source.samples).values()
+    kinds = ", ".join(f"{n} {suffix}" for suffix, n in source.others.most_common(5))
+    notes = [name_left_out(source.left_out), f"no images, by their names: {kinds}" if kinds else ""]
+    for line in [*bad, *filter(None, notes)]:
+        print(line)
+    classes = f"{len(sizes)} classes of {min(sizes)}…{max(sizes)}"
+    print(f"{folder}: {len(paths)} images, {len(bad)} bad, {source.others.total()} other files; {classes}")
+    return len(bad)
+
+
+@entry
+def main() -> None:
+    """Read every image of a data set: python -m utils.data.check DIR (with train/ and val/, or class folders)."""
+    parser = Parser(main.__doc__, prog="python -m utils.data.check")
+    parser.add_argument("directory", type=Path)
+    root = parser.parse_args().directory
+    folders = [root / split for split in ("train", "val") if (root / split).is_dir()] or [root]
+    if sum([scan(folder) for folder in folders]):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""The code cache: every image's codes at every side, for several crops, so that training needs no image at all.
+
+    bash scripts/cache_codes.sh --data_path imagenet --out codes     # torchrun over the GPUs; goes on where it stopped
+    python train.py --code_cache codes …
+
+DIR/manifest.json says what the codes depend on; DIR/train/ and DIR/val/ hold labels.npy and shards of uint16 codes,
+each (images · crops, codes of all sides), the crops of an image one after the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from models.run_record import find_run
+from models.scales import ScaleSchedule
+from models.vqvae import VQVAE
+from models.weights import digest_of, load_tokenizer
+from utils.config.training import DataConfig, check_timeout
+from utils.data.datasets import CodeBatch, Key, Views, batches_of, encode_batch, loader_workers, open_splits
+from utils.runtime.distributed import Ranks, ranks
+from utils.runtime.entry import check_output_directory, entry
+from utils.runtime.files import (
+    digest,
+    digest_of_stats,
+    read_array,
+    read_json,
+    read_sealed,
+    remove_stale,
+    save_array,
+    write_json,
+    write_sealed,
+)
+from utils.runtime.flags import Flags, at_least, changed, parse
+
+MANIFEST, LABELS = "manifest.json", "labels.npy"
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class CacheConfig(Flags):
+    """Code cache"""
+
+    out: str = ""  # directory of the cache
+    vae_ckpt: str = "pretrained/FlexVAE.pth"  # tokenizer weights: a file, or a tokenizer run's directory
+    image_size: int = 0  # side of the training images; 0: the tokenizer run's, or 256
+    crops: int = 10  # random crops of each training image; epoch e of training sees crop e mod CROPS
+    seed: int = 0  # seed of the crops: a run of the same seed sees the same ones without the cache
+    supervision: Literal["latent", "image"] = "latent"  # see train.py
+    batch: int = 32  # crops that are encoded at a time
+    shard_images: int = 512  # images of a shard: what a kill loses at most
+    timeout_minutes: float = 30  # stop when a rank has not been heard of for so long
+    verify: bool = False  # check every file of a finished cache against its SHA-256, then stop
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, image_size=0, crops=1, seed=0, batch=1, shard_images=1)
+        check_timeout(self)
+
+
+@dataclass(frozen=True)
+class CacheFlags(Flags):
+    """Everything `cache_codes.sh` takes."""
+
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        unread = [name for name in changed(self.cache) if name not in ("out", "verify")]
+        unread += changed(self.data)
+        if self.cache.verify and unread:
+            raise ValueError(f"--{unread[0]} has no effect with --verify, which reads --out alone")
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+class CodeCache(Dataset):
+    """One split of a cache: (epoch, index) → codes (sum of s²,) and label, as `Views` gives images."""
+
+    def __init__(self, directory: Path, split: str):
+        manifest = read_manifest(directory)
+        part = manifest["splits"][split]
+        self.directory = directory / split
+        self.classes: list[str] = manifest["classes"]
+        self.sides = ScaleSchedule(tuple(manifest["sides"]))
+        names = ("dataset", "augment", "crops")  # caches of old do not say how they were augmented: it was by crops
+        self.record = {name: {"augment": "crop", **manifest, **part}[name] for name in names}
+        self.record |= {"crop_seed": manifest["seed"], "images_sha256": manifest["images_sha256"]["train"]}
+        self.crops, self.shard_rows = part["crops"], part["shard_images"] * part["crops"]
+        self.files = [shard["file"] for shard in part["shards"]]
+        self.labels = read_array(self.directory / LABELS)
+        if digest(self.directory / LABELS) != part["labels_sha256"]:
+            raise ValueError(f"{self.directory / LABELS} is damaged: build the cache again (finished shards are kept)")
+        for shard in part["shards"]:  # a missing or short file is found here, not after an hour
+            path = self.directory / shard["file"]
+            if not path.is_file() or path.stat().st_size != shard["bytes"]:
+                raise ValueError(f"{path} is missing or damaged: build the cache again (finished shards are kept)")
+        self.shards: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor]:
+        codes, labels = self.__getitems__([key])
+        return codes[0], labels[0]
+
+    def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
+        """A batch at once: codes (B, sum of s²) uint16 and labels (B,) int64."""
+        codes = np.empty((len(keys), self.sides.total), dtype=np.uint16)
+        for place, (epoch, index) in enumerate(keys):
+            number, row = divmod(index * self.crops + epoch % self.crops, self.shard_rows)
+            codes[place] = self.shard(number)[row]
+        labels = self.labels[[index for _, index in keys]]
+        return torch.from_numpy(codes), torch.from_numpy(labels)
+
+    def shard(self, number: int) -> np.ndarray:
+        """A shard, mapped when it is first asked for."""
+        if number not in self.shards:
+            self.shards[number] = read_array(self.directory / self.files[number], mmap=True)
+        return self.shards[number]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "shards": {}}  # a loader's worker maps the files itself
+
+    @staticmethod
+    def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return batch
+
+    def code_batch(self, codes: Tensor, labels: Tensor, schedule: ScaleSchedule) -> CodeBatch:
+        """Codes (B, sum of s²) and class ids → the sides of a schedule."""
+        parts = {s: codes[:, self.sides.span(s - 1)].long() for s in schedule.sides}
+        return CodeBatch(labels, parts)
+
+
+def read_manifest(directory: Path) -> dict:
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{directory} holds no finished code cache: bash scripts/cache_codes.sh --out {directory} …")
+    manifest = read_sealed(path)
+    if manifest.get("version") != VERSION:
+        raise ValueError(f"{path} is of version {manifest.get('version')}, not {VERSION}: build the cache again")
+    return manifest
+
+
+def open_cache(directory: Path, vae: VQVAE, supervision: str, size: int) -> tuple[CodeCache, CodeCache | None]:
+    """The training and the held-out part of a cache; None when it has no such part.
+
+    Raises ValueError when the codes are of another tokenizer, or of images of another size.
+    """
+    manifest = read_manifest(directory)
+    wanted = {"tokenizer_sha256": digest_of(vae), "supervision": supervision, "image_size": size}
+    for name, value in wanted.items():
+        if manifest[name] != value:
+            raise ValueError(f"the codes in {directory} are of another {name}: {manifest[name]}, not {value}")
+    return CodeCache(directory, "train"), CodeCache(directory, "val") if "val" in manifest["splits"] else None
+
+
+def verify(directory: Path) -> int:
+    """Check every shard against its digest. Returns how many there are."""
+    splits = read_manifest(directory)["splits"]
+    files = [(directory / split / shard["file"], shard) for split, part in splits.items() for shard in part["shards"]]
+    for path, shard in tqdm(files, desc="verifying", unit="shard"):
+        if not path.is_file() or digest(path) != shard["sha256"]:
+            raise ValueError(f"{path} is not what its SHA-256 says: delete it and {MANIFEST}, and build again")
+    return len(files)
+
+
+# ------------------------------------------------------------------------------------------------ building
+
+
+class Crops(Dataset):
+    """index → all crops of an image (crops, 3, size, size) and its label; the image is read once."""
+
+    def __init__(self, views: Views, crops: int):
+        self.views, self.crops = views, crops
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.views.views(index, range(self.crops))
+
+
+def encode_images(
+    views: Views, indices: range, crops: int, vae: VQVAE, sides: ScaleSchedule, flags: CacheFlags, progress: tqdm
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (images · crops, sum of s²) and labels (images,) of some images."""
+    at_once = max(1, flags.cache.batch // crops)
+    workers = loader_workers(flags.data.workers)
+    loader = DataLoader(Crops(views, crops), batch_size=at_once, sampler=indices, num_workers=workers)
+    rows, classes = [], []
+    with batches_of(loader) as batches:
+        for images, labels in batches:  # (n, crops, 3, size, size), (n,)
+            images = images.flatten(0, 1).to(vae.codebook.device)
+            batch = encode_batch(vae, images, labels, sides, flags.cache.supervision)
+            rows.append(batch.tokens(sides).cpu().numpy().astype(np.uint16))
+            classes.append(labels.numpy())
+            progress.update(len(images))
+    return np.concatenate(rows), np.concatenate(classes)
+
+
+def build_split(views: Views, vae: VQVAE, sides: ScaleSchedule, flags: CacheFlags, me: Ranks) -> dict:
+    """Encode one split, a shard at a time, those that are there already left out. Returns its part of the manifest."""
+    config, directory = flags.cache, Path(flags.cache.out) / split_of(views)
+    crops = config.crops if views.training else 1
+    directory.mkdir(parents=True, exist_ok=True)
+    shards = [
+        range(start, min(start + config.shard_images, len(views)))
+        for start in range(0, len(views), config.shard_images)
+    ]
+    codes, labels = ([directory / f"{kind}_{n:05d}.npy" for n in range(len(shards))] for kind in ("shard", "labels"))
+    mine = me.deal([n for n in range(len(shards)) if not codes[n].is_file()])
+    total = sum(len(shards[n]) for n in mine) * crops
+    with tqdm(total=total, desc=f"{split_of(views)} codes", unit="crop", disable=not me.first) as progress:
+        for n in mine:
+            rows, classes = encode_images(views, shards[n], crops, vae, sides, flags, progress)
+            save_array(labels[n], classes)
+            save_array(codes[n], rows)  # last: it stands for the shard being done
+    me.wait()
+    if not me.first:
+        return {}
+    save_array(directory / LABELS, np.concatenate([read_array(path) for path in labels]))
+    described = [{"file": path.name, "bytes": path.stat().st_size, "sha256": digest(path)} for path in codes]
+    part = {"images": len(views), "crops": crops, "shard_images": config.shard_images}
+    return {**part, "labels_sha256": digest(directory / LABELS), "shards": described}
+
+
+def build(flags: CacheFlags, me: Ranks) -> Path:
+    """Write the cache of a data set, or what is missing of it. Returns its manifest."""
+    config, out = flags.cache, Path(flags.cache.out)
+    check_output_directory(out, "--out")
+    vae, run = load_tokenizer(config.vae_ckpt).to(me.device), find_run(config.vae_ckpt)
+    size = config.image_size or (run.content["model"].get("image_size") if run else 0) or 256
+    if vae.config.codebook_size > 2**16:
+        raise ValueError(f"codes are stored in 16 bits, this tokenizer has {vae.config.codebook_size}")
+    if size % vae.config.factor:
+        raise ValueError(f"--image_size must be a multiple of {vae.config.factor}, got {size}")
+    views = [v for v in open_splits(flags.data, size, config.seed, out) if v is not None]
+    settings = {
+        "version": VERSION,
+        "tokenizer_sha256": digest_of(vae),
+        "supervision": config.supervision,
+        "sides": list(range(1, size // vae.config.factor + 1)),
+        "image_size": size,
+        "dataset": flags.data.dataset,
+        "augment": flags.data.augment,
+        "seed": config.seed,
+        "crops": config.crops,
+        "shard_images": config.shard_images,
+        "classes": views[0].classes,
+        "images_sha256": {split_of(v): fingerprint(v) for v in views},
+        "files_sha256": {split_of(v): files_digest(v, flags.data.data_path) for v in views},
+    }
+    record = out / "settings.json"
+    if record.is_file():
+        # Older caches name neither.
+        before = {"augment": "crop", "files_sha256": settings["files_sha256"], **read_json(record)}
+        if before != settings:
+            other = ", ".join(name for name in settings if before.get(name) != settings[name])
+            hint = " (images changed: their sizes or times of change)" if other == "files_sha256" else ""
+            raise ValueError(f"{out} holds a cache of other settings: {other}{hint}: use another --out")
+    me.wait()  # every rank has compared before the first one writes
+    if me.first:
+        for directory in (out, out / "train", out / "val"):
+            remove_stale(directory)
+        write_json(record, settings)
+    sides = ScaleSchedule(tuple(settings["sides"]))
+    parts = {split_of(v): build_split(v, vae, sides, flags, me) for v in views}
+    if me.first:
+        write_sealed(out / MANIFEST, {**settings, "splits": parts})
+    me.wait()
+    return out / MANIFEST
+
+
+def split_of(views: Views) -> str:
+    return "train" if views.training else "val"
+
+
+def fingerprint(views: Views) -> str:
+    """SHA-256 over the names (or numbers) and labels of the images, in order."""
+    samples = getattr(views.source, "samples", None) or [(i, label) for i, (_, label) in enumerate(views.source)]
+    total = hashlib.sha256()
+    for name, label in samples:
+        line = f"{Path(name).name if isinstance(name, str) else name} {label}\n"
+        total.update(line.encode(errors="surrogateescape"))
+    return total.hexdigest()
+
+
+def files_digest(views: Views, data_path: str) -> str:
+    """SHA-256 that changes with any image: with its file's size or time of change, or with its pixels in memory."""
+    samples = getattr(views.source, "samples", None)
+    if samples:
+        return digest_of_stats([path for path, _ in samples], data_path)
+    total = hashlib.sha256()
+    for image, _ in views.source:
+        total.update(image.tobytes())
+    return total.hexdigest()
+
+
+@entry
+def main() -> None:
+    flags = parse(CacheFlags, description=__doc__, prog="python -m utils.data.code_cache")
+    if not flags.cache.out:
+        raise ValueError("--out is missing: where is the cache, or where should it be?")
+    with ranks(timedelta(minutes=flags.cache.timeout_minutes)) as me:
+        if flags.cache.verify:
+            print(f"{verify(Path(flags.cache.out))} shards are as they were written")
+        else:
+            build(flags, me)
+
+
+if __name__ == "__main__":
+    main()
