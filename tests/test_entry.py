@@ -23,7 +23,7 @@ from utils.runtime.entry import check_output_directory, check_output_file, entry
 ENTRIES = [
     *("train", "train_tokenizer", "sample", "evaluate", "pretrained.download", "models.pipeline"),
     *("utils.data.code_cache", "utils.data.check", "utils.runtime.checkpoint", "utils.evaluations.c2i.setup"),
-    "experiments.figures",
+    *("experiments.figures", "experiments.flags_page"),
     *("experiments.quickstart", "experiments.study_cifar10", "experiments.study_digits", "experiments.study_hybrid"),
     "experiments.report_cifar10",
     *("benchmarks.attention", "benchmarks.data", "benchmarks.sample", "benchmarks.train_step"),
