@@ -119,7 +119,7 @@ def evaluate_samples(
         "top_p": top_p,
         "scales": list(pipeline.schedule.sides),
         "max_pn": source.draw.max_pn,
-        **({"fill_steps": config.fill_steps} if pipeline.model.fills_first_side else {}),
+        **({"fill_steps": config.fill_steps} if pipeline.model.unmasks_first_scale else {}),
         "evaluated_side": source.side,
         "seed": config.seed,
         "precision": source.precision.name,
@@ -171,7 +171,7 @@ def prepare(config: EvalConfig, me: Ranks) -> SARPipeline | None:
         find_weights(tokenizer)
     elif not config.samples:
         pipeline = open_pipeline(config.ckpt, config.vae_ckpt, config.pn, config.use_ema).to(me.device)
-        config.check_model(pipeline.model.fills_first_side)
+        config.check_model(pipeline.model.unmasks_first_scale)
         depth = pipeline.model.config.depth
         if config.depth not in (0, depth):
             raise ValueError(f"{config.ckpt} has {depth} transformer blocks, not --depth {config.depth}")

@@ -25,7 +25,7 @@ from trainer import Trainer
 from utils.config.training import TrainConfig
 from utils.data.code_cache import open_cache, read_manifest
 from utils.data.datasets import check_dataset, open_splits
-from utils.runtime.checkpoint import last_facts
+from utils.runtime.checkpoint import last_invariants
 from utils.runtime.distributed import Ranks
 from utils.runtime.entry import entry, notice
 from utils.runtime.flags import changed, parse
@@ -38,7 +38,7 @@ TRAINERS = {"teacher_forcing": Trainer, "csfl": SARTrainer, **STUDENT_FORCING}
 def build_model(config: TrainConfig, vae: VQVAE, classes_of_data: list[str]) -> FlexVAR:
     """The transformer, from --init_ckpt when there is one and the run has no checkpoint of its own yet."""
     wanted, data_classes = config.model, len(classes_of_data)
-    before = last_facts(config.run.directory)  # a run that goes on reads its own weights: see `Loop.resume`
+    before = last_invariants(config.run.directory)  # a run that goes on reads its own weights: see `Loop.resume`
     weights = read_state_dict(wanted.init_ckpt) if wanted.init_ckpt and not before else None
     saved_classes = recognise(weights, wanted.init_ckpt).num_classes if weights else before.get("model_classes", 0)
     reset = wanted.reset_class_embedding and weights is not None
@@ -102,7 +102,7 @@ def with_sides(config: TrainConfig) -> TrainConfig:
 
 def check(config: TrainConfig) -> None:
     """Checks that the files that the flags name are there; released weights that are not can be fetched."""
-    init = "" if last_facts(config.run.directory) else config.model.init_ckpt
+    init = "" if last_invariants(config.run.directory) else config.model.init_ckpt
     for path in filter(None, (config.model.vae_ckpt, init)):
         offer(path)
         find_weights(path)

@@ -16,7 +16,7 @@ from models.vqvae import VQVAE, VQVAEConfig
 from models.weights import find_weights, load_strictly, read_state_dict
 from pretrained.download import offer
 from utils.config.tokenizer import TokenizerTrainConfig
-from utils.data.datasets import Views, check_dataset, evenly, open_splits
+from utils.data.datasets import ImageDataset, check_dataset, linspace_indices, open_splits
 from utils.reporting.pictures import grid
 from utils.runtime.checkpoint import checkpoints
 from utils.runtime.distributed import Ranks, data_parallel
@@ -36,7 +36,14 @@ class TokenizerTrainer(Loop):
     Rows of the codebook that no side used for --usage_every steps are put where the latents are.
     """
 
-    def __init__(self, config: TokenizerTrainConfig, vae: VQVAE, train_set: Views, val_set: Views | None, ranks: Ranks):
+    def __init__(
+        self,
+        config: TokenizerTrainConfig,
+        vae: VQVAE,
+        train_set: ImageDataset,
+        val_set: ImageDataset | None,
+        ranks: Ranks,
+    ):
         wanted, sides = config.loss, config.model.scales.sides
         self.use = CodebookUse(sides, vae.config.codebook_size)
         others = {"codebook_use": self.use}
@@ -58,14 +65,14 @@ class TokenizerTrainer(Loop):
         self.counted = torch.zeros_like(self.use.counts)  # (S, V) codes of this step and rank
         self.offers: list[Tensor] = []  # vectors of this step and rank for unused rows, from each micro-batch
 
-    def facts(self) -> dict[str, object]:
+    def invariants(self) -> dict[str, object]:
         loss = self.config.loss
         network = f"{loss.disc_width} wide, {loss.disc_layers} layers" if loss.disc_weight else "none"
-        return {**super().facts(), "discriminator": network}
+        return {**super().invariants(), "discriminator": network}
 
     def micro_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         sides = self.sides()
-        judge = self.others["discriminator"] if self.adversarial() else None
+        judge = self.auxiliary["discriminator"] if self.adversarial() else None
         with self.precision.autocast():
             found = self.network(images, sides, judge)
         loss, metrics = found.loss, {"loss": found.loss.detach(), **found.parts}
@@ -96,7 +103,7 @@ class TokenizerTrainer(Loop):
         return (self.step + 1) % self.config.loss.usage_every == 0
 
     @torch.no_grad()
-    def updated(self, skip: Tensor) -> None:
+    def on_step_end(self, skip: Tensor) -> None:
         """Count the step's codes; at the end of a window log the use of the rows, and revive those without any."""
         self.use.counts += self.ranks.sum(self.counted)
         self.counted.zero_()
@@ -108,14 +115,14 @@ class TokenizerTrainer(Loop):
             everyones = mine.new_zeros(len(mine), self.ranks.world, *mine.shape[1:])
             everyones[:, self.ranks.rank] = mine
             offers = self.ranks.sum(everyones).flatten(0, 2)[: self.use.counts.shape[1]]  # (V, D)
-            models = [self.model, *([self.averaged] if self.averaged is not None else [])]
+            models = [self.model, *([self.ema_model] if self.ema_model is not None else [])]
             dead = self.use.unused() & (skip == 0)  # a dropped step changes no weight
             found["revived"] = revive([model.quantize.embedding.weight for model in models], dead, offers)
             self.offers.clear()
         self.meter.add(found, weight=self.accumulate)
         self.use.counts.zero_()
 
-    def held_out_losses(self, images: Tensor, labels: Tensor) -> Metrics:
+    def validation_losses(self, images: Tensor, labels: Tensor) -> Metrics:
         """At every side: mean squared error of the reconstruction, in [-1, 1] units and at that side's resolution, and
         how often each row is chosen (V,)."""
         latent, rows = self.model.encode(images), self.model.config.codebook_size
@@ -138,8 +145,8 @@ class TokenizerTrainer(Loop):
         """Held-out images (or training images, when there are none) over their reconstructions, side by side."""
         source = self.val_set or self.train_set
         n = min(self.config.watch.vis_num_samples, len(source))
-        images = torch.stack([source[0, i][0] for i in evenly(n, len(source))]).to(self.ranks.device)
-        model, rows = self.averaged if self.config.watch.vis_ema else self.model, [images]
+        images = torch.stack([source[0, i][0] for i in linspace_indices(n, len(source))]).to(self.ranks.device)
+        model, rows = self.ema_model if self.config.watch.vis_ema else self.model, [images]
         with evaluating(model):
             latent = model.encode(images)
             for s in reversed(self.config.model.scales.sides):

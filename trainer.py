@@ -21,7 +21,7 @@ from models.scales import ScaleSchedule, draw_schedule
 from models.vqvae import VQVAE
 from models.weights import digest_of
 from utils.config.training import TrainConfig
-from utils.data.datasets import CodeBatch, Views, encode_batch
+from utils.data.datasets import CodeBatch, ImageDataset, encode_batch
 from utils.reporting.pictures import grid, spread_labels, square
 from utils.runtime.distributed import Ranks, shard
 from utils.training.learner import Metrics
@@ -39,8 +39,8 @@ class Trainer(Loop):
         config: TrainConfig,
         model: FlexVAR,
         vae: VQVAE,
-        train_set: Views,
-        val_set: Views | None,
+        train_set: ImageDataset,
+        val_set: ImageDataset | None,
         ranks: Ranks,
         encode: Encode | None = None,
     ):
@@ -54,12 +54,12 @@ class Trainer(Loop):
         self.codebook = self.vae.codebook  # (V, D), frozen
         self.encode = encode or partial(encode_batch, self.vae, supervision=config.model.supervision)
 
-    def spread(self) -> None:
+    def wrap_distributed(self) -> None:
         """DDP, or with --parallel fsdp each rank's share of the model and of its average."""
         if self.config.speed.parallel == "ddp":
-            return super().spread()
-        for model in filter(None, (self.model, self.averaged)):
-            shard(model, model.shard_units(), methods=("begin", "step"))
+            return super().wrap_distributed()
+        for model in filter(None, (self.model, self.ema_model)):
+            shard(model, model.shard_units(), methods=("init_cache", "decode_scale"))
         return None
 
     @cached_property
@@ -71,12 +71,16 @@ class Trainer(Loop):
     def sharded(self) -> bool:
         return self.config.speed.parallel == "fsdp" and self.ranks.world > 1
 
-    def facts(self) -> dict[str, object]:
-        return {**super().facts(), "model_classes": self.model.config.num_classes, "tokenizer_sha256": self.tokenizer}
-
-    def described(self) -> dict[str, object]:
+    def invariants(self) -> dict[str, object]:
         return {
-            **super().described(),
+            **super().invariants(),
+            "model_classes": self.model.config.num_classes,
+            "tokenizer_sha256": self.tokenizer,
+        }
+
+    def config_record(self) -> dict[str, object]:
+        return {
+            **super().config_record(),
             "class_names": class_names(self.train_set.classes, self.model.config.num_classes),
             "tokenizer": describe_tokenizer(self.config.model.vae_ckpt, self.tokenizer, self.directory),
         }
@@ -120,7 +124,7 @@ class Trainer(Loop):
         """A pass through the network, and its loss at the scales from number `first` on: see `FlexVAR.forward`."""
         return self.network(labels, inputs, schedule, targets, first, sampler, start)
 
-    def held_out_losses(self, images: Tensor, labels: Tensor) -> Metrics:
+    def validation_losses(self, images: Tensor, labels: Tensor) -> Metrics:
         """Teacher-forced loss on the schedule --pn."""
         schedule = self.config.model.scales
         batch = self.encode(images, labels, schedule)
@@ -130,7 +134,7 @@ class Trainer(Loop):
     def picture(self) -> Tensor:
         """Samples of fixed seeds and classes (3, H, W) in [0, 1]."""
         watch = self.config.watch
-        model = self.averaged if watch.vis_ema else self.model
+        model = self.ema_model if watch.vis_ema else self.model
         n = watch.vis_num_samples
         with self.precision.autocast():
             images = generate(

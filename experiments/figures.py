@@ -17,7 +17,7 @@ from torch import Tensor
 from models.pipeline import open_pipeline, to_pil
 from models.scales import shift_up
 from utils.config.training import DataConfig
-from utils.evaluations.exposure_bias import Exposure, HeldOut
+from utils.evaluations.exposure_bias import Exposure, ValidationSet
 from utils.reporting.pictures import coarse_to_fine, plot_curves, read_metrics
 from utils.reporting.tables import markdown
 from utils.runtime.entry import check_output_file, entry
@@ -34,10 +34,10 @@ PAPER_FID = {
 }
 
 
-def held_out(ckpt: str, args: argparse.Namespace, pn: str = "", supervision: str = "") -> HeldOut:
+def held_out(ckpt: str, args: argparse.Namespace, pn: str = "", supervision: str = "") -> ValidationSet:
     """The held-out images that the flags name, under one checkpoint's model."""
     data = DataConfig(dataset=args.dataset, data_path=args.data_path)
-    return HeldOut.of(ckpt, data, args.n, args.vae_ckpt, pn or args.pn, supervision)
+    return ValidationSet.of(ckpt, data, args.n, args.vae_ckpt, pn or args.pn, supervision)
 
 
 def distinct(paths: list[str], parent: bool = False) -> dict[str, str]:
@@ -108,7 +108,7 @@ def walk_of(ckpt: str, args: argparse.Namespace) -> tuple[str, int]:
     return "_".join(map(str, sides)), start
 
 
-def walked(data: HeldOut, start: int, cfg: float, seed: int) -> Tensor:
+def walked(data: ValidationSet, start: int, cfg: float, seed: int) -> Tensor:
     """Tokens (N, L) of a walk that holds the images' own codes up to side `start`, and draws the rest."""
     parts = data.schedule.split(data.tokens.to(data.pipeline.device))
     truth = dict(zip(data.schedule.sides, parts, strict=True))
@@ -131,7 +131,7 @@ def trajectory(args: argparse.Namespace) -> None:
     rows_of_scales(rows).save(args.out)
 
 
-def student_forced(data: HeldOut, start: int) -> Tensor:
+def student_forced(data: ValidationSet, start: int) -> Tensor:
     """Fig. 8's student forcing: greedy predictions (N, L) of the scales from number `start` on, the first of them by
     the teacher, each of the others fed with the one before. Coarser scales hold ground truth."""
     schedule, fed = data.schedule, data.tokens.clone()

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.common import forward_flops
 from models import FlexVARConfig, ScaleSchedule
 from utils.config.training import DataConfig
-from utils.evaluations.exposure_bias import Exposure, HeldOut
+from utils.evaluations.exposure_bias import Exposure, ValidationSet
 from utils.reporting.pictures import read_metrics
 from utils.reporting.tables import markdown
 from utils.runtime.files import read_json
@@ -24,7 +24,7 @@ Cell = Callable[[list[float], int], str]  # the values of all seeds and the digi
 
 def measure(run: Path, data: DataConfig) -> dict[str, float | list[float]]:
     """Of a finished run, in evaluation mode, in nats per token; `…_side` a number a scale."""
-    seen, held_out = (HeldOut.of(str(run), data, IMAGES, split=split) for split in ("train", "val"))
+    seen, held_out = (ValidationSet.of(str(run), data, IMAGES, split=split) for split in ("train", "val"))
     schedule = held_out.schedule
     exposure, entropy = Exposure.of(held_out, seed=0), held_out.entropy()
     config = read_json(run / "config.json")
@@ -74,7 +74,7 @@ def slug(text: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in text.lower())
 
 
-def spread(values: list[float], digits: int) -> str:
+def mean_sd(values: list[float], digits: int) -> str:
     """Mean ± standard deviation over the seeds."""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
@@ -86,7 +86,7 @@ def standard_error(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
 
 
-def table_of(found: dict[str, list[dict]], columns: dict[str, tuple[str, int]], cell: Cell = spread) -> str:
+def table_of(found: dict[str, list[dict]], columns: dict[str, tuple[str, int]], cell: Cell = mean_sd) -> str:
     """A line a variant, from the rows of its seeds; columns have titles and digits."""
 
     def cells(rows: list[dict]) -> list[str]:

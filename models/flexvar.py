@@ -86,7 +86,7 @@ class FlexVARConfig:
 
 
 @dataclass
-class SamplingState:
+class DecodingState:
     """What a cached forward carries from scale to scale; it belongs to the caller, not to the module."""
 
     condition: Tensor  # (B, C)
@@ -99,7 +99,7 @@ class FlexVAR(nn.Module):
     """The transformer. Nothing in it depends on a schedule: any sides the caller names will do."""
 
     no_decay = ("pos_1LC", "pos_start", "scale_mul_1H11")  # parameters that weight decay leaves alone
-    fills_first_side = False  # True where sampling the first side takes several steps
+    unmasks_first_scale = False  # True where sampling the first side takes several steps
 
     def __init__(self, config: FlexVARConfig | None = None):
         super().__init__()
@@ -211,17 +211,17 @@ class FlexVAR(nn.Module):
             return x
         return self.head(x) if targets is None else self.head.predict(x, targets, sampler, mask)
 
-    def begin(self, labels: Tensor, capacity: int) -> SamplingState:
+    def init_cache(self, labels: Tensor, capacity: int) -> DecodingState:
         """Start a cached forward of up to `capacity` tokens: the class's modulations are computed once."""
         condition = self.class_emb(labels)
-        return SamplingState(
+        return DecodingState(
             condition,
             [block.ada_lin(condition) for block in self.blocks],
             self.head_nm.ada_lin(condition),
             [CachedAttention(capacity) for _ in self.blocks],
         )
 
-    def step(self, state: SamplingState, inputs: Tensor | None, s: int, rows: int | None = None) -> Tensor:
+    def decode_scale(self, state: DecodingState, inputs: Tensor | None, s: int, rows: int | None = None) -> Tensor:
         """Logits (B, s², V) of the next scale from its shifted inputs (B, s², D); None stands for the first scale.
 
         With `rows`, those of the first `rows` images only.

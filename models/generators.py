@@ -5,8 +5,8 @@ its weight files, and `build()`, which makes the model. The model answers
 
 - `inputs(tokens, codebook, schedule)`: the pathway. Tokens of all scales → the inputs of a parallel pass;
 - `forward(labels, inputs, schedule, targets, first, sampler, …)`: a parallel pass, and its loss and samples;
-- `begin`, `step`: the same scale by scale, with a cache; `trim(schedule)`: the scales that it knows;
-- `fills_first_side`, `fill_first_side`: where sampling the first side takes several steps;
+- `init_cache`, `decode_scale`: the same scale by scale, with a cache; `trim(schedule)`: the scales that it knows;
+- `unmasks_first_scale`, `unmask_first_scale`: where sampling the first side takes several steps;
 - `no_decay`: names of the parameters that weight decay leaves alone.
 """
 

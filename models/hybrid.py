@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.flexvar import FlexVAR, FlexVARConfig, SamplingState
+from models.flexvar import DecodingState, FlexVAR, FlexVARConfig
 from models.head import Prediction, Sampler, guide, sample_tokens
 from models.layers import attend
 from models.sampling import Draw
@@ -92,7 +92,7 @@ class HybridVAR(FlexVAR):
     """The transformer. Its schedules start at `first_side`."""
 
     no_decay = (*FlexVAR.no_decay, "pos_first", "mask_token")
-    fills_first_side = True
+    unmasks_first_scale = True
 
     def __init__(self, config: HybridConfig):
         super().__init__(config)
@@ -169,9 +169,9 @@ class HybridVAR(FlexVAR):
 
     # ------------------------------------------------------------------------------------------ sampling
 
-    def begin(self, labels: Tensor, capacity: int) -> SamplingState:
+    def init_cache(self, labels: Tensor, capacity: int) -> DecodingState:
         """As FlexVAR's; the finer sides' class token is remembered at once."""
-        state = super().begin(labels, capacity)
+        state = super().init_cache(labels, capacity)
         state.caches = [CachedHybridAttention(self.config.cross_scale) for _ in self.blocks]
         self.through_blocks(self.first_scale(state.condition, 1, start=True), state.modulations, state.caches)
         return state
@@ -180,8 +180,8 @@ class HybridVAR(FlexVAR):
         """One more for each position of the first side: for the order in which they are revealed."""
         return schedule.total + schedule.lengths[0]
 
-    def fill_first_side(
-        self, state: SamplingState, codebook_VD: Tensor, draw: Draw, uniforms: Tensor, order: Tensor
+    def unmask_first_scale(
+        self, state: DecodingState, codebook_VD: Tensor, draw: Draw, uniforms: Tensor, order: Tensor
     ) -> Tensor:
         """Codes of the first side (B, n), revealed in `draw.fill_steps` steps, in each image's own random order.
 
@@ -207,7 +207,7 @@ class HybridVAR(FlexVAR):
             codes, revealed = torch.where(hidden & (rank < upto), drawn, codes), upto
         return codes
 
-    def first_logits(self, state: SamplingState, codes: Tensor, hidden: Tensor, halves: int) -> Sequence[Tensor]:
+    def first_logits(self, state: DecodingState, codes: Tensor, hidden: Tensor, halves: int) -> Sequence[Tensor]:
         """Logits of the first side (B, n, V) of the conditional half, or of both, from the same codes (B, n, D)."""
         rows = halves * len(codes)
         x = self.first_inputs(len(codes), codes, hidden).repeat(halves, 1, 1)

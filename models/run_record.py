@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.scales import ScaleSchedule
-from utils.runtime.checkpoint import last_facts
+from utils.runtime.checkpoint import last_invariants
 from utils.runtime.files import read_json
 
 CONFIG = "config.json"
@@ -40,7 +40,7 @@ class RunRecord:
     def tokenizer_sha256(self) -> str:
         """Digest of the tokenizer whose codes the run was trained on; empty when nothing tells it."""
         described = self.content.get("tokenizer", {}).get("sha256")
-        return described or last_facts(self.directory).get("tokenizer_sha256", "")
+        return described or last_invariants(self.directory).get("tokenizer_sha256", "")
 
     @property
     def tokenizer(self) -> str:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.flexvar import FlexVAR, SamplingState, check_labels
+from models.flexvar import DecodingState, FlexVAR, check_labels
 from models.head import guide, sample_tokens
 from models.scales import ScaleSchedule, shift_up
 from models.vqvae import VQVAE
@@ -101,7 +101,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             m.train(mode)
 
 
-def walk(
+def generate_scales(
     model: FlexVAR,
     codebook_VD: Tensor,
     labels: Tensor,
@@ -118,15 +118,15 @@ def walk(
     """
     sides = schedule.sides
     weights = draw.guidance.weights(sides, draw.max_pn)
-    guided = any(weights) or (model.fills_first_side and draw.guidance.half_ramp(1.0) > 0)
+    guided = any(weights) or (model.unmasks_first_scale and draw.guidance.half_ramp(1.0) > 0)
     if guided:  # conditional half, then unconditional half
         labels = torch.cat([labels, torch.full_like(labels, model.null_class)])
-    state = model.begin(labels, schedule.total)
+    state = model.init_cache(labels, schedule.total)
     inputs = None
     for i, s in enumerate(sides):
-        if i == 0 and model.fills_first_side:
+        if i == 0 and model.unmasks_first_scale:
             order = uniforms[:, schedule.total :]
-            codes = model.fill_first_side(state, codebook_VD, draw, uniforms[:, schedule.span(0)], order)
+            codes = model.unmask_first_scale(state, codebook_VD, draw, uniforms[:, schedule.span(0)], order)
         else:
             logits = one_scale(model, state, inputs, s, weights[i], len(uniforms))
             top_k = 1 if draw.greedy(s) else draw.top_k
@@ -140,11 +140,11 @@ def walk(
                 inputs = inputs.repeat(2, 1, 1)
 
 
-def one_scale(model: FlexVAR, state: SamplingState, inputs: Tensor | None, s: int, weight: float, batch: int) -> Tensor:
+def one_scale(model: FlexVAR, state: DecodingState, inputs: Tensor | None, s: int, weight: float, batch: int) -> Tensor:
     """Guided logits (B, s², V) of the next scale."""
     if weight:
-        return guide(*model.step(state, inputs, s).chunk(2), weight)
-    return model.step(state, inputs, s, rows=batch)  # the unconditional half is remembered, not read
+        return guide(*model.decode_scale(state, inputs, s).chunk(2), weight)
+    return model.decode_scale(state, inputs, s, rows=batch)  # the unconditional half is remembered, not read
 
 
 @torch.no_grad()
@@ -166,7 +166,7 @@ def sample_codes(
     uniforms = image_uniforms(seeds, model.uniforms_needed(schedule), device)
     codes: dict[int, Tensor] = {}
     with evaluating(model):
-        for s, codes[s] in walk(model, codebook_VD, labels.to(device), schedule, draw, uniforms, edit):
+        for s, codes[s] in generate_scales(model, codebook_VD, labels.to(device), schedule, draw, uniforms, edit):
             if s == until:
                 break
     return codes

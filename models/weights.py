@@ -16,7 +16,7 @@ from models.generators import recognise
 from models.vqvae import VQVAE, VQVAEConfig
 from pretrained.download import FILES
 from utils.runtime.checkpoint import EMA, MANIFEST, MODEL, newest_checkpoint, runs_below, verify
-from utils.runtime.distributed import shared_like
+from utils.runtime.distributed import shard_like
 from utils.runtime.entry import notice
 from utils.runtime.files import read_tensors, save_tensors
 
@@ -93,7 +93,7 @@ def load_strictly(module: nn.Module, weights: StateDict, source: str | Path, ass
         raise ValueError(f"{source} does not fit this model:" + "".join(lines))
     if assign:
         weights = {name: t.float() if t.is_floating_point() else t for name, t in weights.items()}
-    weights = {name: shared_like(tensor, own[name]) for name, tensor in weights.items()}
+    weights = {name: shard_like(tensor, own[name]) for name, tensor in weights.items()}
     module.load_state_dict(weights, assign=assign)
 
 

@@ -118,7 +118,7 @@ def test_what_is_missing_of_a_half_built_cache_is_dealt_evenly(cache, small_vae_
     assert (tmp_path / "c/manifest.json").read_bytes() == (cache / "manifest.json").read_bytes()
 
     class Apart(Ranks):
-        def wait(self):
+        def barrier(self):
             """These ranks are no processes."""
 
     for world in (2, 3):

@@ -4,17 +4,17 @@ import torch.nn.functional as F
 
 from models import Draw, SARPipeline
 from models.head import sample_tokens
-from models.sampling import image_uniforms, walk
+from models.sampling import generate_scales, image_uniforms
 from models.scales import ScaleSchedule, shift_all
 from utils.config.training import DataConfig
 from utils.data.datasets import encode_batch, open_dataset, plain_images
 from utils.evaluations import exposure_bias
-from utils.evaluations.exposure_bias import Exposure, HeldOut
+from utils.evaluations.exposure_bias import Exposure, ValidationSet
 
 
 @pytest.fixture
 def data(saved):
-    return HeldOut.of(str(saved), DataConfig(dataset="digits"), n=11)
+    return ValidationSet.of(str(saved), DataConfig(dataset="digits"), n=11)
 
 
 def test_the_three_likelihoods_by_their_definitions(saved, data):
@@ -41,7 +41,7 @@ def test_the_three_likelihoods_by_their_definitions(saved, data):
         fed[:, before] = drawn[:, before]
         one_step.append(nll(fed)[0][i])
     with torch.no_grad():
-        own = torch.cat([c for _, c in walk(model, codebook, labels, schedule, Draw(), uniforms)], dim=1)
+        own = torch.cat([c for _, c in generate_scales(model, codebook, labels, schedule, Draw(), uniforms)], dim=1)
     found = Exposure.of(data, seed=5)
     assert found.forced == pytest.approx(forced, rel=1e-5)
     assert found.one_step == pytest.approx(one_step, rel=1e-5)
@@ -65,7 +65,7 @@ def test_numbers_do_not_depend_on_the_batch(data, monkeypatch):
 def test_many_images_never_meet_in_memory(saved, monkeypatch):
     """No pass sees more than a batch, and no tensor of logits holds more than a chunk of it."""
     monkeypatch.setattr(exposure_bias, "BATCH", 4)
-    data, seen = HeldOut.of(str(saved), DataConfig(dataset="digits"), n=30), []
+    data, seen = ValidationSet.of(str(saved), DataConfig(dataset="digits"), n=30), []
     data.pipeline.model.blocks[0].register_forward_hook(lambda _, x, y: seen.append(len(x[0])))
     heads = []
     data.pipeline.model.head.register_forward_hook(lambda _, x, y: heads.append(y.numel()))
@@ -77,8 +77,11 @@ def test_many_images_never_meet_in_memory(saved, monkeypatch):
 def test_codes_are_made_as_the_model_was_trained_on_them(saved, tmp_path):
     pipeline = SARPipeline.from_pretrained(saved)
     SARPipeline.of(pipeline.vae, pipeline.model, pipeline.schedule, supervision="image").save_pretrained(tmp_path / "p")
-    data, digits = HeldOut.of(str(tmp_path / "p"), DataConfig(dataset="digits"), n=3), DataConfig(dataset="digits")
+    data, digits = (
+        ValidationSet.of(str(tmp_path / "p"), DataConfig(dataset="digits"), n=3),
+        DataConfig(dataset="digits"),
+    )
     images, labels = plain_images(open_dataset(digits, 64, 0, "val"), 3)
     wanted = encode_batch(pipeline.vae, images, labels, pipeline.schedule, "image").tokens(pipeline.schedule)
     assert torch.equal(data.tokens, wanted)
-    assert not torch.equal(HeldOut.of(str(saved), digits, n=3).tokens, wanted)
+    assert not torch.equal(ValidationSet.of(str(saved), digits, n=3).tokens, wanted)

@@ -18,7 +18,7 @@ from tests.conftest import ALONE, config_of, fill, tool, torchrun
 from tests.test_trainer import assert_same, lines_of, weights_of
 from train import build
 from utils.config.training import DataConfig
-from utils.evaluations.exposure_bias import Exposure, HeldOut
+from utils.evaluations.exposure_bias import Exposure, ValidationSet
 from utils.runtime.files import read_json
 
 SCHEDULE = ScaleSchedule((2, 3, 4))
@@ -150,7 +150,7 @@ def test_second_pass_runs_the_finer_sides_only(model, batch):
 def test_sampling_walks_as_training_sees(model, batch):
     """The finer sides' cached logits are those of one pass; so are the first side's, at each step of its filling."""
     labels, tokens, codebook = batch
-    state = model.begin(labels, SCHEDULE.total)
+    state = model.init_cache(labels, SCHEDULE.total)
     inputs = shift_all(tokens, codebook, SCHEDULE)
     hidden = torch.tensor([True, False, False, True]).expand(4, -1)
     codes = F.embedding(tokens[:, :4], codebook)
@@ -158,7 +158,7 @@ def test_sampling_walks_as_training_sees(model, batch):
         whole = SCHEDULE.split(model(labels, MaskedInputs(inputs, codes, hidden), SCHEDULE))
         assert torch.allclose(model.first_logits(state, codes, hidden, 1)[0], whole[0], atol=1e-5)
         for s, x, wanted in zip((3, 4), inputs.split((9, 16), 1), whole[1:], strict=True):
-            assert torch.allclose(model.step(state, x, s), wanted, atol=1e-5)
+            assert torch.allclose(model.decode_scale(state, x, s), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(("steps", "counts"), [(1, [4]), (2, [2, 2]), (3, [1, 2, 1]), (8, [1, 1, 1, 1])])
@@ -236,7 +236,7 @@ def test_a_run_resumes_and_is_evaluated_at_its_first_side(flags, real, tmp_path)
     build(config_of(more), ALONE).fit()
     build(config_of(more, f"--out_dir={tmp_path / 'whole'}"), ALONE).fit()
     assert_same(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"))
-    data = HeldOut.of(str(tmp_path / "run"), DataConfig(dataset="digits"), n=3)
+    data = ValidationSet.of(str(tmp_path / "run"), DataConfig(dataset="digits"), n=3)
     assert data.drawn(seed=0).shape == data.tokens.shape == (3, 4 + 16)
     exposure = Exposure.of(data, seed=0)
     assert len(exposure.forced) == len(exposure.one_step) == len(exposure.own) == 2

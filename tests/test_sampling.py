@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from models.head import sample_tokens
-from models.sampling import Draw, Guidance, evaluating, generate, image_uniforms, sample_codes, walk
+from models.sampling import Draw, Guidance, evaluating, generate, generate_scales, image_uniforms, sample_codes
 from models.scales import ScaleSchedule, shift_all
 from tests.conftest import worst
 
@@ -113,13 +113,13 @@ def test_guidance_weights_by_their_definitions():
 def test_cached_logits_equal_the_masked_forward(vae, model, expected):
     schedule = ScaleSchedule((1, 2, 3, 5, 8, 13))  # over 160 tokens: both kinds of attention group
     labels, uniforms = expected["labels"], image_uniforms([3, 4], schedule.total, torch.device("cpu"))
-    scales = walk(model, vae.codebook, labels, schedule, Draw(top_k=20, top_p=0.9, max_pn=None), uniforms)
+    scales = generate_scales(model, vae.codebook, labels, schedule, Draw(top_k=20, top_p=0.9, max_pn=None), uniforms)
     codes = torch.cat([c for _, c in scales], dim=1)
     inputs = shift_all(codes, vae.codebook, schedule)
     masked = model(labels, inputs, schedule)
-    state = model.begin(labels, schedule.total)
+    state = model.init_cache(labels, schedule.total)
     parts = [None, *inputs.split(schedule.lengths[1:], dim=1)]
-    stepped = [model.step(state, part, s) for part, s in zip(parts, schedule.sides, strict=True)]
+    stepped = [model.decode_scale(state, part, s) for part, s in zip(parts, schedule.sides, strict=True)]
     assert worst(torch.cat(stepped, dim=1), masked) < 1e-5
     redrawn = sample_tokens(masked, 20, 0.9, uniforms)
     greedy = torch.isin(

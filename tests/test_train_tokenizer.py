@@ -30,9 +30,9 @@ def config_of(*more):
 
 def test_a_run_learns_and_loads_as_a_tokenizer(tmp_path):
     trainer = build(config_of("--max_steps=25", f"--out_dir={tmp_path}"), ALONE)
-    before = trainer.held_out()
+    before = trainer.validate()
     trainer.fit()
-    after = trainer.held_out()
+    after = trainer.validate()
     assert after["loss"] == after["mse_side/4"] < before["mse_side/4"]
     assert 0 < after["usage_side/1"] <= after["usage_side/4"] <= 1
     assert 1 <= after["perplexity_side/4"] <= 32
@@ -44,7 +44,7 @@ def test_a_run_learns_and_loads_as_a_tokenizer(tmp_path):
 
 def test_held_out_usage_is_of_all_images_together(tmp_path):
     trainer = build(config_of(f"--out_dir={tmp_path}", "--micro_batch=4"), ALONE)
-    found = trainer.held_out()
+    found = trainer.validate()
     images = torch.stack([trainer.val_set[0, i * len(trainer.val_set) // 16][0] for i in range(16)])
     with torch.no_grad():
         chosen = trainer.model.codes(trainer.model.encode(images), 4).unique()
@@ -101,15 +101,15 @@ def test_every_loss_runs_in_half_precision(tmp_path):
 
 def test_the_discriminator_waits_for_its_start(tmp_path):
     trainer = build(config_of(*EVERYTHING, f"--out_dir={tmp_path}"), ALONE)
-    fresh = copy.deepcopy(trainer.others["discriminator"].state_dict())
+    fresh = copy.deepcopy(trainer.auxiliary["discriminator"].state_dict())
     batches = iter(trainer.loader())
     for _ in range(2):
         trainer.train_step(batches)
-    assert all(torch.equal(x, fresh[name]) for name, x in trainer.others["discriminator"].state_dict().items())
+    assert all(torch.equal(x, fresh[name]) for name, x in trainer.auxiliary["discriminator"].state_dict().items())
     trainer.train_step(batches)
     assert not any(
         torch.equal(x, fresh[name])
-        for name, x in trainer.others["discriminator"].state_dict().items()
+        for name, x in trainer.auxiliary["discriminator"].state_dict().items()
         if name.endswith("weight")
     )
 
@@ -129,7 +129,7 @@ def test_unused_rows_are_revived_where_latents_are(tmp_path):
     assert kept[chosen].all()
     assert not kept.all()
     assert torch.allclose(after[~kept].norm(dim=1), torch.ones((~kept).sum()), atol=1e-5)
-    assert torch.equal(trainer.averaged.quantize.embedding.weight[~kept], after[~kept])
+    assert torch.equal(trainer.ema_model.quantize.embedding.weight[~kept], after[~kept])
     assert trainer.use.counts.sum() == 0
     assert trainer.meter.state()["revived"] == [float((~kept).sum()), 1.0]
 
@@ -138,10 +138,10 @@ def test_a_dropped_step_revives_nothing(tmp_path):
     trainer = build(config_of("--usage_every=1", "--codebook_size=256", f"--out_dir={tmp_path}"), ALONE)
     before = trainer.model.quantize.embedding.weight.detach().clone()
     trainer.offers.append(torch.ones(256, 8))
-    trainer.updated(torch.tensor(1.0))
+    trainer.on_step_end(torch.tensor(1.0))
     assert torch.equal(trainer.model.quantize.embedding.weight, before)
     trainer.offers.append(torch.ones(256, 8))
-    trainer.updated(torch.tensor(0.0))
+    trainer.on_step_end(torch.tensor(0.0))
     assert not torch.equal(trainer.model.quantize.embedding.weight, before)
 
 

@@ -77,7 +77,7 @@ def test_a_run_learns_and_writes_what_it_promises(flags, tmp_path):
 
 def test_held_out_loss_is_the_mean_over_the_held_out_images(flags):
     trainer = build(config_of(flags, TF, "--eval_images=13", "--bs=4"), ALONE)
-    found = trainer.held_out()
+    found = trainer.validate()
     schedule = trainer.config.model.scales
     # Evenly over the split: of folders in order, the first images would all be of the first class.
     places = [i * len(trainer.val_set) // 13 for i in range(13)]
@@ -163,8 +163,8 @@ def test_moving_average_by_its_definition(flags):
     with torch.no_grad():
         trainer.model.head.bias += 1
     trainer.ema.update(trainer.model)
-    assert torch.allclose(trainer.averaged.head.bias, before + 0.25)
-    assert not any(p.requires_grad for p in trainer.averaged.parameters())
+    assert torch.allclose(trainer.ema_model.head.bias, before + 0.25)
+    assert not any(p.requires_grad for p in trainer.ema_model.parameters())
 
 
 def test_initial_weights_come_from_the_checkpoint(flags, tmp_path):
@@ -233,7 +233,7 @@ def test_errors_of_a_user_are_one_line(flags):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("fails", ["held_out", "picture"])
+@pytest.mark.parametrize("fails", ["validate", "picture"])
 def test_a_failure_after_the_last_step_costs_nothing(fails, flags, tmp_path, monkeypatch):
     """The checkpoint is written first; the same command makes up for what is owed, once."""
     wanted = build(config_of(flags, f"--out_dir={tmp_path / 'wanted'}"), ALONE)

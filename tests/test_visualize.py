@@ -100,19 +100,19 @@ def test_trajectories_walk_on_from_a_real_images_codes(runs, small_vae_file, sho
 
 
 def test_the_papers_trajectory_has_its_scales_in_a_model_of_ten(runs, monkeypatch):
-    def walk(ckpt, pn, own):
+    def generate_scales(ckpt, pn, own):
         record = json.loads((runs[0] / "config.json").read_text())
         record["model"]["pn"] = own
         (runs[0] / "config.json").write_text(json.dumps(record))
         return figures.walk_of(str(ckpt), argparse.Namespace(vae_ckpt="", pn=pn))
 
-    assert walk(runs[0], "", "1_2_3_4_5_6_8_10_13_16") == ("1_2_3_4_8_10_13_16", 4)
-    assert walk(runs[0], "", "1_2_3_5_8") == ("1_2_3_5_8", 3)  # another end, no side 4: the model's own
-    assert walk(runs[0], "1_4_9_16", "1_2_3_5_8") == ("1_4_9_16", 4)
-    assert walk(runs[0], "1_2_4", "1_2_3_5_8") == ("1_2_4", 2)  # the last one is to be drawn
+    assert generate_scales(runs[0], "", "1_2_3_4_5_6_8_10_13_16") == ("1_2_3_4_8_10_13_16", 4)
+    assert generate_scales(runs[0], "", "1_2_3_5_8") == ("1_2_3_5_8", 3)  # another end, no side 4: the model's own
+    assert generate_scales(runs[0], "1_4_9_16", "1_2_3_5_8") == ("1_4_9_16", 4)
+    assert generate_scales(runs[0], "1_2_4", "1_2_3_5_8") == ("1_2_4", 2)  # the last one is to be drawn
     for pn in ("5_8", "4"):
         with pytest.raises(ValueError, match="starts at a side of at most 4"):
-            walk(runs[0], pn, "1_2_3_5_8")
+            generate_scales(runs[0], pn, "1_2_3_5_8")
 
 
 def test_fig_8_starts_from_the_teachers_prediction_and_takes_two_steps(

@@ -220,7 +220,7 @@ def test_a_tokenizer_run_gives_its_moving_average_and_says_so(tiny_run, capsys):
     said = capsys.readouterr().err
     assert "moving average" in said
     assert "step_0000002/model.safetensors" in said  # where the weights themselves are
-    for name, tensor in trainer.averaged.state_dict().items():
+    for name, tensor in trainer.ema_model.state_dict().items():
         assert torch.equal(found.state_dict()[name], tensor), name
     plain = load_tokenizer(run / "checkpoints/step_0000002/model.safetensors")
     assert capsys.readouterr().err == ""

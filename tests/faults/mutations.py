@@ -120,9 +120,9 @@ MUTATIONS = [
     ),
     Mutation(
         "the run's tokenizer compared",
-        "models/pipeline.py",
-        'run is not None and run.tokenizer_sha256 not in ("", digest_of(vae))',
-        "False",
+        "models/run_record.py",
+        'if self.tokenizer_sha256 in ("", sha256):',
+        "if True:",
         "tests/test_run_record.py::test_a_tokenizer_that_was_swapped_is_refused_and_one_that_is_named_is_a_warning",
     ),
     Mutation(

@@ -60,9 +60,9 @@ class DrawConfig(Flags):
         """How to draw, as a pipeline takes it."""
         return {name: getattr(self, name) for name in ("cfg", "guidance", "top_k", "top_p", "max_pn", "fill_steps")}
 
-    def check_model(self, fills_first_side: bool) -> None:
+    def check_model(self, unmasks_first_scale: bool) -> None:
         """Raises ValueError for flags that this model does not read."""
-        only_with(self, fills_first_side, "a model that fills its first side step by step", ["fill_steps"])
+        only_with(self, unmasks_first_scale, "a model that fills its first side step by step", ["fill_steps"])
 
 
 @dataclass(frozen=True)

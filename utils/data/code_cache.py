@@ -27,7 +27,7 @@ from models.scales import ScaleSchedule
 from models.vqvae import VQVAE
 from models.weights import digest_of, load_tokenizer
 from utils.config.training import DataConfig, check_timeout
-from utils.data.datasets import CodeBatch, Key, Views, batches_of, encode_batch, loader_workers, open_splits
+from utils.data.datasets import CodeBatch, ImageDataset, Key, batches_of, encode_batch, loader_workers, open_splits
 from utils.runtime.distributed import Ranks, ranks
 from utils.runtime.entry import check_output_directory, entry
 from utils.runtime.files import (
@@ -87,7 +87,7 @@ class CacheFlags(Flags):
 
 
 class CodeCache(Dataset):
-    """One split of a cache: (epoch, index) → codes (sum of s²,) and label, as `Views` gives images."""
+    """One split of a cache: (epoch, index) → codes (sum of s²,) and label, as `ImageDataset` gives images."""
 
     def __init__(self, directory: Path, split: str):
         manifest = read_manifest(directory)
@@ -183,7 +183,7 @@ def verify(directory: Path) -> int:
 class Crops(Dataset):
     """index → all crops of an image (crops, 3, size, size) and its label; the image is read once."""
 
-    def __init__(self, views: Views, crops: int):
+    def __init__(self, views: ImageDataset, crops: int):
         self.views, self.crops = views, crops
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -191,7 +191,7 @@ class Crops(Dataset):
 
 
 def encode_images(
-    views: Views, indices: range, crops: int, vae: VQVAE, sides: ScaleSchedule, flags: CacheFlags, progress: tqdm
+    views: ImageDataset, indices: range, crops: int, vae: VQVAE, sides: ScaleSchedule, flags: CacheFlags, progress: tqdm
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes (images · crops, sum of s²) and labels (images,) of some images."""
     at_once = max(1, flags.cache.batch // crops)
@@ -208,7 +208,7 @@ def encode_images(
     return np.concatenate(rows), np.concatenate(classes)
 
 
-def build_split(views: Views, vae: VQVAE, sides: ScaleSchedule, flags: CacheFlags, me: Ranks) -> dict:
+def build_split(views: ImageDataset, vae: VQVAE, sides: ScaleSchedule, flags: CacheFlags, me: Ranks) -> dict:
     """Encode one split, a shard at a time, those that are there already left out. Returns its part of the manifest."""
     config, directory = flags.cache, Path(flags.cache.out) / split_of(views)
     crops = config.crops if views.training else 1
@@ -225,7 +225,7 @@ def build_split(views: Views, vae: VQVAE, sides: ScaleSchedule, flags: CacheFlag
             rows, classes = encode_images(views, shards[n], crops, vae, sides, flags, progress)
             save_array(labels[n], classes)
             save_array(codes[n], rows)  # last: it stands for the shard being done
-    me.wait()
+    me.barrier()
     if not me.first:
         return {}
     save_array(directory / LABELS, np.concatenate([read_array(path) for path in labels]))
@@ -268,7 +268,7 @@ def build(flags: CacheFlags, me: Ranks) -> Path:
             other = ", ".join(name for name in settings if before.get(name) != settings[name])
             hint = " (images changed: their sizes or times of change)" if other == "files_sha256" else ""
             raise ValueError(f"{out} holds a cache of other settings: {other}{hint}: use another --out")
-    me.wait()  # every rank has compared before the first one writes
+    me.barrier()  # every rank has compared before the first one writes
     if me.first:
         for directory in (out, out / "train", out / "val"):
             remove_stale(directory)
@@ -277,15 +277,15 @@ def build(flags: CacheFlags, me: Ranks) -> Path:
     parts = {split_of(v): build_split(v, vae, sides, flags, me) for v in views}
     if me.first:
         write_sealed(out / MANIFEST, {**settings, "splits": parts})
-    me.wait()
+    me.barrier()
     return out / MANIFEST
 
 
-def split_of(views: Views) -> str:
+def split_of(views: ImageDataset) -> str:
     return "train" if views.training else "val"
 
 
-def fingerprint(views: Views) -> str:
+def fingerprint(views: ImageDataset) -> str:
     """SHA-256 over the names (or numbers) and labels of the images, in order."""
     samples = getattr(views.source, "samples", None) or [(i, label) for i, (_, label) in enumerate(views.source)]
     total = hashlib.sha256()
@@ -295,7 +295,7 @@ def fingerprint(views: Views) -> str:
     return total.hexdigest()
 
 
-def files_digest(views: Views, data_path: str) -> str:
+def files_digest(views: ImageDataset, data_path: str) -> str:
     """SHA-256 that changes with any image: with its file's size or time of change, or with its pixels in memory."""
     samples = getattr(views.source, "samples", None)
     if samples:

@@ -62,7 +62,7 @@ def encode_batch(
 # ------------------------------------------------------------------------------------------------- data sets
 
 
-class Views(Dataset):
+class ImageDataset(Dataset):
     """(epoch, index) → the image of that index as that epoch sees it, (3, size, size) in [-1, 1], and its label."""
 
     def __init__(
@@ -76,7 +76,7 @@ class Views(Dataset):
         skip: SkipBad | None = None,
         record: dict[str, object] | None = None,
     ):
-        """`record` names what a run on these images cannot change: see `Loop.facts`."""
+        """`record` names what a run on these images cannot change: see `Loop.invariants`."""
         self.source, self.classes = source, classes
         self.view, self.size = view, size
         self.seed, self.training = seed, training
@@ -154,7 +154,7 @@ def open_cifar10(folder: str, training: bool) -> tv_datasets.CIFAR10:
         raise ValueError(f"no CIFAR-10 in {folder}, or not all of it: {fetch} fetches it") from None
 
 
-def open_dataset(config: DataConfig, size: int, seed: int, split: str, directory: Path = Path()) -> Views | None:
+def open_dataset(config: DataConfig, size: int, seed: int, split: str, directory: Path = Path()) -> ImageDataset | None:
     """The training ("train") or held-out ("val") part of a data set; None when a folder has no val/.
 
     With --on_bad_image skip, DIRECTORY/bad_images_SPLIT.txt lists the bad ones.
@@ -162,12 +162,12 @@ def open_dataset(config: DataConfig, size: int, seed: int, split: str, directory
     check_dataset(config)
     training, record = split == "train", {"dataset": config.dataset, "augment": config.augment}
     if config.dataset == "digits":
-        return Views(
+        return ImageDataset(
             digits(training), [str(d) for d in range(10)], shift_and_rotate, size, seed, training, record=record
         )
     if config.dataset == "cifar10":
         source = open_cifar10(config.data_path, training)
-        return Views(source, source.classes, centre_crop, size, seed, training, record=record)
+        return ImageDataset(source, source.classes, centre_crop, size, seed, training, record=record)
     folder = Path(config.data_path) / split
     if not training and not folder.is_dir():
         return None
@@ -179,10 +179,10 @@ def open_dataset(config: DataConfig, size: int, seed: int, split: str, directory
     listed = directory / f"bad_images_{split}.txt"
     skip = SkipBad(listed, config.bad_image_limit) if config.on_bad_image == "skip" else None
     view = adm_crop if config.augment == "crop" else centre_crop
-    return Views(source, source.classes, view, size, seed, training, skip, record)
+    return ImageDataset(source, source.classes, view, size, seed, training, skip, record)
 
 
-def open_splits(config: DataConfig, size: int, seed: int, directory: Path) -> tuple[Views, Views | None]:
+def open_splits(config: DataConfig, size: int, seed: int, directory: Path) -> tuple[ImageDataset, ImageDataset | None]:
     """Both parts of a data set, for a run that writes to `directory`, which must not lie among the images."""
     folders = [Path(config.data_path, split) for split in ("train", "val")] if config.data_path else []
     refuse_inside(directory, "the output directory", *folders)
@@ -190,22 +190,22 @@ def open_splits(config: DataConfig, size: int, seed: int, directory: Path) -> tu
     return train, val
 
 
-def evenly(n: int, total: int) -> list[int]:
+def linspace_indices(n: int, total: int) -> list[int]:
     """n places, evenly over a split of `total` images: the first of class folders would be of the first classes."""
     return [i * total // n for i in range(n)]
 
 
-def plain_batches(views: Views, n: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def plain_batches(views: ImageDataset, n: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """At most n images, not augmented and evenly over the split, `size` at a time: (B, 3, H, W) and labels (B,)."""
     plain = copy(views)
     plain.training = False
-    places = evenly(min(n, len(plain)), len(plain))
+    places = linspace_indices(min(n, len(plain)), len(plain))
     for start in range(0, len(places), size):
         pairs = [plain[0, i] for i in places[start : start + size]]
         yield torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
 
 
-def plain_images(views: Views, n: int) -> tuple[Tensor, Tensor]:
+def plain_images(views: ImageDataset, n: int) -> tuple[Tensor, Tensor]:
     """All of `plain_batches` at once."""
     return next(plain_batches(views, n, n))
 

@@ -14,20 +14,20 @@ from torch import Tensor
 from models.head import Prediction, Sampler, chunks
 from models.pipeline import SARPipeline, class_names, open_pipeline
 from models.run_record import find_run
-from models.sampling import Draw, Edit, evaluating, image_uniforms, walk
+from models.sampling import Draw, Edit, evaluating, generate_scales, image_uniforms
 from models.scales import ScaleSchedule
 from utils.config.training import DataConfig
-from utils.data.datasets import Views, encode_batch, open_dataset, plain_batches, plain_images
+from utils.data.datasets import ImageDataset, encode_batch, open_dataset, plain_batches, plain_images
 
 BATCH = 8  # images at a time: of the largest models, a few GB
 
 
 @dataclass
-class HeldOut:
+class ValidationSet:
     """Held-out images, their classes and codes, under one model. Nothing but the codes is kept of many images."""
 
     pipeline: SARPipeline  # on the GPU, if there is one
-    views: Views
+    views: ImageDataset
     labels: Tensor  # (N,)
     tokens: Tensor  # (N, L) ground truth
 
@@ -41,7 +41,7 @@ class HeldOut:
         pn: str = "",
         supervision: str = "",
         split: str = "val",
-    ) -> HeldOut:
+    ) -> ValidationSet:
         """At most n images, evenly over a split, not augmented; with split "train", images that were trained on.
 
         Their codes are made as the model's training made them, unless `supervision` names a way.
@@ -128,7 +128,7 @@ class HeldOut:
 
             with evaluating(model):
                 walked: Edit = edit
-                for _ in walk(model, codebook, labels, self.schedule, Draw(top_k=top_k), uniforms, walked):
+                for _ in generate_scales(model, codebook, labels, self.schedule, Draw(top_k=top_k), uniforms, walked):
                     pass
             found.append(torch.cat(list(own.values()), dim=1).cpu())
             done += len(labels)
@@ -172,7 +172,7 @@ class Exposure:
     own: list[float]
 
     @classmethod
-    def of(cls, data: HeldOut, seed: int) -> Exposure:
+    def of(cls, data: ValidationSet, seed: int) -> Exposure:
         """Draws are without guidance, top-k and top-p; image i's from seed + i."""
         schedule, truth = data.schedule, data.tokens
         forced = per_side(data.nll(truth), schedule)

@@ -101,7 +101,7 @@ def runs_below(directory: str | Path) -> str:
     return f"; the runs below it are {', '.join(sorted(map(str, found)))}" if found else ""
 
 
-def last_facts(directory: str | Path) -> dict:
+def last_invariants(directory: str | Path) -> dict:
     """What the newest readable manifest of a run says of its data and model; empty when it has no checkpoint."""
     for path in reversed(checkpoints(directory)):
         try:

@@ -43,14 +43,14 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def highest(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_max(self, values: Sequence[float]) -> list[float]:
         """The largest over the ranks of each of some numbers that the host knows. No device waits for it."""
         numbers = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return numbers.tolist()
 
-    def everyones(self, thing: Any) -> list:
+    def all_gather_object(self, thing: Any) -> list:
         """Something small from each rank, on every rank."""
         things = [thing] * self.world
         if self.world > 1:
@@ -60,10 +60,10 @@ class Ranks:
     def deal(self, work: Sequence[int]) -> Sequence[int]:
         """This rank's share of what is to be done, as even as can be. No rank begins before all have listed the same
         work."""
-        self.wait()
+        self.barrier()
         return work[self.rank :: self.world]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every rank is here."""
         if self.world > 1:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
@@ -91,7 +91,7 @@ def shard(model: nn.Module, units: Iterable[nn.Module], methods: Sequence[str] =
         register_fsdp_forward_method(model, method)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor whose shares, if it is sharded, are collected on every rank's device. Every rank must take part."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -105,20 +105,20 @@ def gathered(tree: Any, keep: bool) -> Any:
     def copy(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
             return x
-        collected = whole(x.detach())
+        collected = full_tensor(x.detach())
         return collected.to("cpu", copy=True) if keep else None
 
     return tree_map(copy, tree)
 
 
-def shared_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """This rank's share of a whole tensor, if `like` is sharded; else the tensor as it is."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

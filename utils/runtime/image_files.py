@@ -106,7 +106,7 @@ def suffix_of(name: str) -> str:
 def walk_images(folder: str | Path) -> Tree:
     """Finds the images below a folder."""
     tree = Tree()
-    for directory, files in sorted(walk(str(folder), tree.left_out, ())):
+    for directory, files in sorted(generate_scales(str(folder), tree.left_out, ())):
         for name in sorted(files):
             if is_hidden(name):
                 tree.left_out.append(os.path.join(directory, name))
@@ -117,7 +117,7 @@ def walk_images(folder: str | Path) -> Tree:
     return tree
 
 
-def walk(folder: str, left_out: list[str], above: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+def generate_scales(folder: str, left_out: list[str], above: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
     """Every folder below one, with its files. A link to a folder that it lies in is not followed."""
     here = os.path.realpath(folder)
     if here in above:
@@ -130,7 +130,7 @@ def walk(folder: str, left_out: list[str], above: tuple[str, ...]) -> Iterator[t
             elif is_hidden(found.name):
                 left_out.append(found.path)
             else:
-                yield from walk(found.path, left_out, (*above, here))
+                yield from generate_scales(found.path, left_out, (*above, here))
     yield folder, files
 
 

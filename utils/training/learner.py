@@ -48,23 +48,23 @@ class Learner(ABC):
         ranks: Ranks,
         total_steps: int,
         forward: nn.Module | None = None,
-        others: dict[str, nn.Module] | None = None,
+        auxiliary: dict[str, nn.Module] | None = None,
     ):
         """`model` is what is saved; `forward`, when given, wraps it as the module that training calls.
 
-        `others` are saved beside it, each under its name. Those with parameters are trained along, and clipped by
+        `auxiliary` are saved beside it, each under its name. Those with parameters are trained along, and clipped by
         themselves.
         """
         optim = config.optim
         self.config, self.ranks, self.directory, self.total_steps = config, ranks, config.run.directory, total_steps
         self.model = model.to(ranks.device)
-        self.others = {name: module.to(ranks.device) for name, module in (others or {}).items()}
+        self.auxiliary = {name: module.to(ranks.device) for name, module in (auxiliary or {}).items()}
         self.ema = MovingAverage(self.model, optim.ema) if optim.ema else None
         self.network = (forward or model).to(ranks.device)
         if ranks.world > 1:
-            self.spread()
+            self.wrap_distributed()
         self.networks = [self.network]  # whose gradients are averaged over the ranks
-        self.optimizer = make_optimizer([model, *self.others.values()], optim)
+        self.optimizer = make_optimizer([model, *self.auxiliary.values()], optim)
         self.precision = Precision(optim.precision, ranks.device)
         self.micro_batch = optim.micro_batch or optim.bs // ranks.world
         self.accumulate = accumulation(optim.bs, self.micro_batch, ranks.world)
@@ -73,7 +73,7 @@ class Learner(ABC):
         self.meter = Meter()
         self.step = self.saved_step = 0
 
-    def spread(self) -> None:
+    def wrap_distributed(self) -> None:
         """Make the ranks train one model: DDP."""
         self.network = data_parallel(self.network)
 
@@ -84,11 +84,11 @@ class Learner(ABC):
         """Loss of one micro-batch and what to log of it: images (B, 3, H, W) in [-1, 1], or whatever else the data set
         yields, and class ids (B,)."""
 
-    def updated(self, skip: Tensor) -> None:  # noqa: B027
+    def on_step_end(self, skip: Tensor) -> None:  # noqa: B027
         """What else happens at the end of a step. `skip` is 1.0 where a loss or gradient was not finite, so that no
         weight changed (in fp16, where gradients may overflow: where a loss was not)."""
 
-    def facts(self) -> dict[str, object]:
+    def invariants(self) -> dict[str, object]:
         """What, beside its flags, a run depends on and cannot change."""
         return {}
 
@@ -101,7 +101,7 @@ class Learner(ABC):
             images, labels = (x.to(self.ranks.device, non_blocking=True) for x in next(batches))
             micro_batch = i * self.ranks.world + self.ranks.rank
             torch.manual_seed(derive_seed("step", self.config.run.seed, self.step, micro_batch))
-            with self.gradients_stay_here(i + 1 < self.accumulate):
+            with self.no_gradient_sync(i + 1 < self.accumulate):
                 loss, metrics = self.micro_loss(images, labels)
                 self.precision.scaler.scale(loss / self.accumulate).backward()
             self.meter.add(metrics)
@@ -110,19 +110,19 @@ class Learner(ABC):
             group["lr"] = learning_rate(self.step, self.total_steps, optim)
         self.precision.scaler.unscale_(self.optimizer)
         norms = {"gradient_norm": clip_gradients(self.model, optim.tclip)}
-        for name, module in self.others.items():
+        for name, module in self.auxiliary.items():
             if any(p.grad is not None for p in module.parameters()):
                 norms[f"gradient_norm_{name}"] = clip_gradients(module, optim.tclip)
         norm = torch.stack(list(norms.values())).sum()
-        skip = self.guard.judge(self.step, total, norm, norm_counts=self.precision.name != "fp16")
+        skip = self.guard.check(self.step, total, norm, norm_counts=self.precision.name != "fp16")
         apply_gradients(self.optimizer, self.precision, skip)
         if self.ema is not None:
             self.ema.update(self.model)
         self.meter.add(norms, weight=self.accumulate)
-        self.updated(skip)
+        self.on_step_end(skip)
         self.step += 1
 
-    def gradients_stay_here(self, stay: bool) -> AbstractContextManager:
+    def no_gradient_sync(self, stay: bool) -> AbstractContextManager:
         """DDP averages the gradients over the ranks with the last micro-batch only."""
         stack = ExitStack()
         for network in self.networks:
@@ -135,8 +135,12 @@ class Learner(ABC):
     @property
     def saved(self) -> dict[str, nn.Module]:
         """File name → module, of what a checkpoint holds."""
-        average = {EMA: self.averaged} if self.averaged is not None else {}
-        return {MODEL: self.model, **average, **{f"{name}.safetensors": other for name, other in self.others.items()}}
+        average = {EMA: self.ema_model} if self.ema_model is not None else {}
+        return {
+            MODEL: self.model,
+            **average,
+            **{f"{name}.safetensors": other for name, other in self.auxiliary.items()},
+        }
 
     def checkpoint(self, kept: bool) -> None:
         """Everything that `resume` needs, as it is now; the first rank writes it while training goes on."""
@@ -144,17 +148,21 @@ class Learner(ABC):
         self.checkpoints.finish()  # before the copy: one at a time in memory
         tensors = {name: module.state_dict() for name, module in self.saved.items()}
         weights, optimizer = gathered((tensors, self.optimizer.state_dict()), keep=self.ranks.first)
-        meters = self.ranks.everyones(self.meter.state())
+        meters = self.ranks.all_gather_object(self.meter.state())
         if self.ranks.first:
             scaler = self.precision.scaler.state_dict()
             state = RunState(self.step, optimizer, scaler, meters, self.guard.skipped)
-            about = {"config": as_json(asdict(self.config)), "facts": self.facts(), "micro_batch": self.micro_batch}
+            about = {
+                "config": as_json(asdict(self.config)),
+                "facts": self.invariants(),
+                "micro_batch": self.micro_batch,
+            }
             self.checkpoints.submit(state, weights, about, kept)
 
     def resume(self) -> None:
         """Go on from the newest valid checkpoint of this run's directory, if there is one."""
         newest = self.checkpoints.newest() if self.ranks.first else 0
-        step = int(self.ranks.highest([newest])[0])
+        step = int(self.ranks.all_reduce_max([newest])[0])
         if not step:
             return
         path = self.checkpoints.path(step)
@@ -174,13 +182,13 @@ class Learner(ABC):
             self.precision.scaler.load_state_dict(state.scaler)
         self.meter.restore(state.meter, self.ranks)
         self.step, self.saved_step, self.guard.skipped = state.step, state.step, state.skipped
-        self.ranks.wait()  # every rank has read it
+        self.ranks.barrier()  # every rank has read it
         if self.ranks.first:
             self.checkpoints.set_aside(after=self.step)
 
     def compare(self, manifest: dict) -> None:
         """Show what this run does otherwise than the checkpoint's. Raises ValueError for what cannot change."""
-        now = {**as_json(asdict(self.config)), "facts": as_json(self.facts())}
+        now = {**as_json(asdict(self.config)), "facts": as_json(self.invariants())}
         before = {**manifest["config"], "facts": manifest["facts"]}
         if not before.get("speed", {}).get("code_cache"):  # runs of old said it in their flags alone
             data = {name: before["data"][name] for name in ("dataset", "augment") if name in before["data"]}
@@ -195,7 +203,7 @@ class Learner(ABC):
                 print(f"resumed with another setting: {line}", file=sys.stderr)
 
     @property
-    def averaged(self) -> nn.Module | None:
+    def ema_model(self) -> nn.Module | None:
         """The model with the moving average of the weights."""
         return self.ema.model if self.ema is not None else None
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from models.sampling import evaluating
-from utils.data.datasets import StepSampler, Views, batches_of, evenly, make_loader
+from utils.data.datasets import ImageDataset, StepSampler, batches_of, linspace_indices, make_loader
 from utils.reporting.pictures import save_picture
 from utils.runtime.distributed import Ranks, check_launch, ranks
 from utils.runtime.files import remove_stale, write_json
@@ -51,29 +51,29 @@ class Loop(Learner):
         self,
         config: Config,
         model: nn.Module,
-        train_set: Views,
-        val_set: Views | None,
+        train_set: ImageDataset,
+        val_set: ImageDataset | None,
         ranks: Ranks,
         forward: nn.Module | None = None,
-        others: dict[str, nn.Module] | None = None,
+        auxiliary: dict[str, nn.Module] | None = None,
     ):
-        """See `Learner` for `forward` and `others`."""
+        """See `Learner` for `forward` and `auxiliary`."""
         optim = config.optim
         self.epoch_steps = len(train_set) / optim.bs
         total_steps = optim.steps or max(1, math.ceil(optim.ep * self.epoch_steps))
-        super().__init__(config, model, ranks, total_steps, forward, others)
+        super().__init__(config, model, ranks, total_steps, forward, auxiliary)
         self.train_set, self.val_set = train_set, val_set
         self.stop_step = min(total_steps, optim.max_steps or total_steps)
         held_out = min(config.watch.eval_images, len(val_set) if val_set is not None else 0)
         if self.sharded:
             held_out -= held_out % ranks.world  # equally many batches on every rank
-        self.held_out_images = held_out if held_out >= ranks.world else 0  # every rank must have its share
+        self.validation_images = held_out if held_out >= ranks.world else 0  # every rank must have its share
         self.saved_at = time.monotonic()
 
     # ------------------------------------------------------------------------------- what a run defines
 
     @abstractmethod
-    def held_out_losses(self, images: Tensor, labels: Tensor) -> Metrics:
+    def validation_losses(self, images: Tensor, labels: Tensor) -> Metrics:
         """What to report of one held-out batch, "loss" among it, each a mean over its images; what is no single number
         is for `conclude`."""
 
@@ -111,17 +111,17 @@ class Loop(Learner):
                 while self.step < self.stop_step and not signal:
                     self.train_step(batches)
                     progress.advance(self.config.optim.bs)
-                    self.guard.heed(self.keys, progress.say, latest=self.precision.name == "fp16")
+                    self.guard.raise_if_nonfinite(self.keys, progress.say, latest=self.precision.name == "fp16")
                     if self.due(self.config.log.log_every):
                         self.log_step(log, progress)
-                    signal, late = self.ranks.highest([stop.signal if stop else 0, self.overdue()])
+                    signal, late = self.ranks.all_reduce_max([stop.signal if stop else 0, self.overdue()])
                     if signal or late or self.save_due():
-                        self.guard.heed(self.keys, progress.say)
+                        self.guard.raise_if_nonfinite(self.keys, progress.say)
                         self.save()  # first: a failure of what follows costs nothing
                     self.report(self.due_reports(), log, progress)
                     self.checkpoints.check()
             self.checkpoints.finish()
-            self.ranks.wait()  # until the first rank has written the last checkpoint
+            self.ranks.barrier()  # until the first rank has written the last checkpoint
         finally:
             self.checkpoints.close()
             progress.close()
@@ -133,7 +133,7 @@ class Loop(Learner):
 
     def log_step(self, log: Silent, progress: Progress) -> None:
         """Log the means since the last log line."""
-        self.guard.heed(self.keys, progress.say)
+        self.guard.raise_if_nonfinite(self.keys, progress.say)
         values = self.meter.means(self.ranks)
         values["images_per_second"] = progress.rate()
         values["lr"] = self.optimizer.param_groups[0]["lr"]
@@ -144,7 +144,7 @@ class Loop(Learner):
         """Whether the step just done ends with a held-out loss, and with a picture."""
         watch = self.config.watch
         return (
-            self.due(watch.eval_every) and self.held_out_images > 0,
+            self.due(watch.eval_every) and self.validation_images > 0,
             self.due(watch.vis_every) and watch.vis_num_samples > 0,
         )
 
@@ -152,7 +152,7 @@ class Loop(Learner):
         """The same of the step that the run goes on from, which may have died between its save and them."""
         loss, picture = self.due_reports() if self.step and self.ranks.first else (False, False)
         loss = loss and not has_metric(self.directory / METRICS, self.step, "val/loss")
-        loss, picture = self.ranks.highest([loss, picture and not self.picture_path.is_file()])
+        loss, picture = self.ranks.all_reduce_max([loss, picture and not self.picture_path.is_file()])
         return bool(loss), bool(picture)
 
     @property
@@ -163,7 +163,7 @@ class Loop(Learner):
         """The held-out loss and the picture of this step, as `wanted`."""
         loss, picture = wanted
         if loss:
-            values = self.held_out()
+            values = self.validate()
             log.scalars({f"val/{name}": value for name, value in values.items()}, self.step)
             progress.say(f"step {self.step}: held-out loss {values['loss']:.4f}")
         if picture and (self.ranks.first or self.sharded):
@@ -195,16 +195,16 @@ class Loop(Learner):
         return every > 0 and int(self.step / every) > int((self.step - 1) / every)
 
     @torch.no_grad()
-    def held_out(self) -> dict[str, float]:
-        """`held_out_losses` over `eval_images` held-out images, evenly over the split, shared out among the ranks."""
-        n = self.held_out_images
-        mine = evenly(n, len(self.val_set))[self.ranks.rank :: self.ranks.world]
+    def validate(self) -> dict[str, float]:
+        """`validation_losses` over `eval_images` held-out images, evenly over the split, shared out among the ranks."""
+        n = self.validation_images
+        mine = linspace_indices(n, len(self.val_set))[self.ranks.rank :: self.ranks.world]
         keys = [[(0, i) for i in mine[a : a + self.micro_batch]] for a in range(0, len(mine), self.micro_batch)]
         sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.ranks.device))
         with evaluating(self.model):
             for batch in make_loader(self.val_set, keys, 0, self.ranks.device):
                 images, labels = (x.to(self.ranks.device) for x in batch)
-                for name, value in self.held_out_losses(images, labels).items():
+                for name, value in self.validation_losses(images, labels).items():
                     sums[name] = sums[name] + value * len(labels)
         totals = self.ranks.sum(torch.cat([sums[name].flatten() for name in sorted(sums)])) / n
         parts = totals.split([sums[name].numel() for name in sorted(sums)])
@@ -222,12 +222,12 @@ class Loop(Learner):
 
     # ---------------------------------------------------------------------------------- saving, resuming
 
-    def facts(self) -> dict[str, object]:
-        """See `Learner.facts`."""
+    def invariants(self) -> dict[str, object]:
+        """See `Learner.invariants`."""
         names = hashlib.sha256("\n".join(self.train_set.classes).encode()).hexdigest()
         return {"images": len(self.train_set), "class_names_sha256": names, **self.train_set.record}
 
-    def described(self) -> dict[str, object]:
+    def config_record(self) -> dict[str, object]:
         """What DIRECTORY/config.json says."""
         return asdict(self.config)
 
@@ -235,7 +235,7 @@ class Loop(Learner):
         """Write the resolved config, and how the run was started."""
         if self.ranks.first:
             remove_stale(self.directory)
-            write_json(self.directory / "config.json", self.described())
+            write_json(self.directory / "config.json", self.config_record())
             record_start(self.directory, self.ranks, self.step)
 
     def overdue(self) -> float:

@@ -24,7 +24,7 @@ class FiniteGuard:
         self.halted = torch.zeros((), dtype=torch.bool, device=ranks.device)
         self.waiting: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
 
-    def judge(self, step: int, loss: Tensor, norm: Tensor, norm_counts: bool = True) -> Tensor:
+    def check(self, step: int, loss: Tensor, norm: Tensor, norm_counts: bool = True) -> Tensor:
         """1.0 where the update must be skipped, on the device and equal on every rank.
 
         loss: of this rank. norm: of the gradient, over all ranks; without `norm_counts` it may be anything. That is for
@@ -46,7 +46,7 @@ class FiniteGuard:
         self.waiting.append((step, flags, event))
         return bad.float()
 
-    def heed(self, keys: Keys, say: Callable[[str], None], latest: bool = True) -> None:
+    def raise_if_nonfinite(self, keys: Keys, say: Callable[[str], None], latest: bool = True) -> None:
         """Count the steps that were dropped since the last call, and say what was in them; stop at one too many.
 
         Without `latest`, a GPU is not asked about the last step, which it may still be at.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from utils.config.training import OptimConfig
-from utils.runtime.distributed import local, shared_like, whole
+from utils.runtime.distributed import full_tensor, shard_like, to_local
 from utils.runtime.numerics import Precision
 
 HOLD = 0.05  # of the run at the peak before the learning rate falls
@@ -34,7 +34,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, moments in state["state"].items():
         for name, x in moments.items():
-            moments[name] = shared_like(x, parameters[i]) if x.ndim else x  # the count of steps is a number
+            moments[name] = shard_like(x, parameters[i]) if x.ndim else x  # the count of steps is a number
     optimizer.load_state_dict(state)
     for group, decay in zip(optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay  # what the command says, not what the checkpoint says
@@ -58,13 +58,13 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        average, current = ([local(p) for p in m.parameters()] for m in (self.model, model))
+        average, current = ([to_local(p) for p in m.parameters()] for m in (self.model, model))
         torch._foreach_lerp_(average, current, 1 - self.decay)
 
 
 def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
     """Scale the accumulated gradients down to a norm of `limit` (0: as they are). Returns their norm before that."""
-    return whole(nn.utils.clip_grad_norm_(model.parameters(), limit or float("inf")))
+    return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), limit or float("inf")))
 
 
 def apply_gradients(optimizer: torch.optim.Optimizer, precision: Precision, skip: torch.Tensor) -> None:

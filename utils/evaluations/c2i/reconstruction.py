@@ -18,7 +18,7 @@ from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 from models.vqvae import VQVAE, exact_convolutions, to_bytes
 from models.weights import digest_of, load_tokenizer
 from utils.config.sampling import EvalConfig
-from utils.data.datasets import evenly
+from utils.data.datasets import linspace_indices
 from utils.evaluations.c2i.features import Extractor
 from utils.evaluations.c2i.images import ImageSource, describe_images, open_images
 from utils.evaluations.c2i.metrics import WINDOW, psnr, ssim
@@ -142,7 +142,7 @@ def side_table(quality: np.ndarray, files: Sequence[Path], vae: VQVAE, sides: tu
 def reconstructed_picture(reconstructed: Reconstructed) -> Tensor:
     """A few images over their reconstructions, from the finest side to the coarsest (3, H, W) in [0, 1]."""
     n = min(SHOWN, len(reconstructed))
-    spread = evenly(n, len(reconstructed))
+    spread = linspace_indices(n, len(reconstructed))
     originals = torch.cat([reconstructed.source.batch(range(i, i + 1)) for i in spread])
     made = reconstructed.at_every_side(originals)[1]
     rows = [F.interpolate(x.float(), originals.shape[-2:], mode="nearest") for x in (originals, *reversed(made))]

@@ -117,5 +117,5 @@ def fetch_imagenet(me: Ranks) -> Path:
                 f"no {IMAGENET}, and {IMAGENET_URL} cannot be reached ({error}): "
                 "fetch it elsewhere and put it there, or give --reference PATH"
             ) from None
-    me.wait()
+    me.barrier()
     return IMAGENET

@@ -27,7 +27,7 @@ class FeatureStore:
         described = as_json({"total": total, "chunk": chunk, **settings})
         record = directory / "settings.json"
         found = read_json(record) if record.is_file() else None
-        ranks.wait()  # all have looked before the first writes
+        ranks.barrier()  # all have looked before the first writes
         if found is not None and found != described:
             changed = [k for k in described if found.get(k) != described[k]]
             raise ValueError(
@@ -71,7 +71,7 @@ class FeatureStore:
             for job in jobs:
                 job.result()
         bar.close()
-        self.ranks.wait()
+        self.ranks.barrier()
         return sum(len(self.indices(c)) for c in missing)
 
     def write(self, chunk: int, pool: Tensor, spatial: Tensor, images: Tensor, keep: Keep | None) -> None:
