@@ -10,7 +10,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from models.sampling import Draw, evaluating, generate_scales
+from models.sampling import SamplingConfig, evaluating, generate_scales
 from models.scales import ScaleSchedule
 from sar_trainer import rollout_guidance
 from trainer import Metrics, Trainer
@@ -47,7 +47,7 @@ class StudentForcing(Trainer):
         uniforms = torch.rand(truth.shape, device=truth.device)
         parts = list(schedule.split(truth))
         top_k = 1 if sar.rollout == "argmax" else sar.sf_top_k
-        draw = Draw(rollout_guidance(sar), top_k, sar.sf_top_p)
+        draw = SamplingConfig(rollout_guidance(sar), top_k, sar.sf_top_p)
         with evaluating(self.model), self.precision.autocast(cache=False):
             scales = generate_scales(
                 self.model, self.codebook, batch.labels, schedule, draw, uniforms,

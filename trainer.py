@@ -16,7 +16,7 @@ from models.head import Prediction, Sampler
 from models.layers import kernel_for
 from models.pipeline import class_names
 from models.run_record import describe_tokenizer
-from models.sampling import Guidance, generate
+from models.sampling import TOP_K, TOP_P, Guidance, SamplingConfig, generate
 from models.scales import ScaleSchedule, draw_schedule
 from models.vqvae import VQVAE
 from models.weights import digest_of
@@ -137,16 +137,9 @@ class Trainer(Loop):
         model = self.ema_model if watch.vis_ema else self.model
         n = watch.vis_num_samples
         with self.precision.autocast():
-            images = generate(
-                model,
-                self.vae,
-                spread_labels(n, model.config.num_classes),
-                self.config.model.scales,
-                Guidance("ramp", self.config.run.vis_cfg_scale),
-                top_k=900,
-                top_p=0.95,
-                seeds=range(n),
-            )
+            sampling = SamplingConfig(Guidance("ramp", self.config.run.vis_cfg_scale), TOP_K, TOP_P)
+            labels = spread_labels(n, model.config.num_classes)
+            images = generate(model, self.vae, labels, self.config.model.scales, sampling, range(n))
         return grid(images, square(n))
 
     def describe(self) -> str:

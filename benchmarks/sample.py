@@ -51,6 +51,7 @@ def sampler_rows(device: torch.device, repeats: int) -> list[dict[str, object]]:
 
 def image_rows(args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
     rows, schedule = [], ScaleSchedule.parse(args.pn)
+    config = sampling.SamplingConfig(Guidance("ramp", 2.2), sampling.TOP_K, sampling.TOP_P)
     vae = VQVAE().eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     for depth, batch in product(args.depth, args.batch):
         torch.manual_seed(0)
@@ -61,7 +62,7 @@ def image_rows(args: argparse.Namespace, device: torch.device) -> list[dict[str,
         @torch.no_grad()
         def run(model=model, batch=batch, precision=precision) -> None:
             with precision.autocast():
-                generate(model, vae, torch.arange(batch), schedule, Guidance("ramp", 2.2), 900, 0.95, range(batch))
+                generate(model, vae, torch.arange(batch), schedule, config, range(batch))
 
         reset_peak(device)
         timing = ruler.measure(run, args.repeats, warm_up=1)
@@ -70,12 +71,13 @@ def image_rows(args: argparse.Namespace, device: torch.device) -> list[dict[str,
         row |= {"G/image": timing.products / batch, "floor G/image": flops / ruler.flops / batch}
         row |= {"images/s": batch / timing.seconds, "MFU": flops / ruler.flops / timing.products}
         clock, kept = Clock(device), sampling.sample_tokens
-        model.step, vae.decode = clock.around(model.step, "transformer"), clock.around(vae.decode, "decoder")
+        model.decode_scale = clock.around(model.decode_scale, "transformer")
+        vae.decode = clock.around(vae.decode, "decoder")
         sampling.sample_tokens = clock.around(kept, "sampler")
         with clock.part("other"):
             run()
         sampling.sample_tokens = kept
-        del model.step, vae.decode
+        del model.decode_scale, vae.decode
         row |= {f"{name} s": seconds for name, seconds in clock.seconds.items()}
         rows.append({**row, "peak GiB": peak_memory(device)})
     return rows

@@ -22,7 +22,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
-from models import Guidance, ScaleSchedule, generate
+from models import Guidance, SamplingConfig, ScaleSchedule, generate
 from models.pipeline import to_pil
 from models.weights import load_flexvar, load_tokenizer
 from utils.config.training import DataConfig
@@ -38,8 +38,7 @@ from utils.tokenizer.losses import resize_to
 SIDES = "1_2_3_5_8"
 SIZE = 32
 PER_CLASS = 50
-GUIDANCE = Guidance("ramp", 0.5)
-TOP_K, TOP_P = 0, 0.0
+SAMPLING = SamplingConfig(Guidance("ramp", 0.5))  # no top-k, no top-p
 SEED = 0
 SHOWN = 8  # samples of each class in the picture
 # Standard deviation of the Fréchet distance over the seeds of a continuation: of docs/study_digits.md.
@@ -139,7 +138,7 @@ def sample(directory: Path, vae: torch.nn.Module, labels: Tensor) -> Tensor:
     schedule = model.trim(ScaleSchedule.parse(SIDES))
     seeds = [derive_seed("quickstart", i) for i in range(len(labels))]
     parts = [
-        generate(model, vae, labels[i : i + 100], schedule, GUIDANCE, TOP_K, TOP_P, seeds[i : i + 100])
+        generate(model, vae, labels[i : i + 100], schedule, SAMPLING, seeds[i : i + 100])
         for i in range(0, len(labels), 100)
     ]
     return torch.cat(parts)
@@ -233,7 +232,7 @@ def write_report(report: dict, out: Path) -> None:
         "",
         "Class accuracy: by a scikit-learn classifier trained on the real training digits. Fréchet distance: in that "
         "classifier's 64 features, against the training digits. It is not FID, and compares only within this table. "
-        f"{10 * PER_CLASS} samples a model, equal seeds, ramp guidance {GUIDANCE.scale}, no top-k, no top-p. "
+        f"{10 * PER_CLASS} samples a model, equal seeds, ramp guidance {SAMPLING.guidance.scale}, no top-k, no top-p. "
         "The tokenizer's loss is its mean squared error at the finest scale; the others' is the teacher-forced "
         "cross-entropy in nats per token. On held-out digits it is lower than in training because training is the "
         "harder task: digits are shifted and turned, the class is dropped for one in ten, blocks at random.",

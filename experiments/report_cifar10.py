@@ -16,7 +16,7 @@ from experiments.figures import trajectory
 from experiments.measures import standard_error, table_of
 from experiments.plan_cifar10 import CLAIMS
 from models.pipeline import open_pipeline, to_pil
-from models.sampling import Draw, Guidance, draw_images
+from models.sampling import Guidance, SamplingConfig, generate
 from utils.reporting.pictures import captioned_grid, grid, plot_curves, read_metrics, spread_labels
 from utils.reporting.tables import markdown
 from utils.runtime.entry import entry
@@ -158,8 +158,8 @@ def draw_samples(found: Rows, out: Path, each: int = 10) -> None:
         pipeline = open_pipeline(row["run"])
         labels = spread_labels(10, 10).repeat_interleave(each)
         seeds = [derive_seed("shown", i) for i in range(len(labels))]
-        draw = Draw(Guidance("ramp", row["guidance"]))
-        images = draw_images(pipeline.model, pipeline.vae, labels, pipeline.schedule, draw, seeds)
+        draw = SamplingConfig(Guidance("ramp", row["guidance"]))
+        images = generate(pipeline.model, pipeline.vae, labels, pipeline.schedule, draw, seeds)
         picture = to_pil(grid(images, each)[None] * 2 - 1)[0]
         pictures.append(picture)
         captions.append(name)

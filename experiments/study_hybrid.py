@@ -25,7 +25,7 @@ from experiments.quickstart import (
     run_stage,
 )
 from experiments.study_digits import write_table
-from models.sampling import Draw, sample_codes
+from models.sampling import SamplingConfig, sample_codes
 from models.scales import ScaleSchedule
 from models.weights import load_flexvar, load_tokenizer
 from utils.reporting.pictures import read_metrics
@@ -49,7 +49,7 @@ def scores(run: Path, vae: torch.nn.Module, judges: dict[int, Judge]) -> dict[st
     schedule = model.trim(ScaleSchedule.parse(SIDES))
     labels = torch.arange(10).repeat_interleave(PER_CLASS)
     seeds = [derive_seed("study", i) for i in range(len(labels))]
-    codes = sample_codes(model, vae.codebook, labels, schedule, Draw(), seeds)
+    codes = sample_codes(model, vae.codebook, labels, schedule, SamplingConfig(), seeds)
     found = {}
     for names, side in (("first_accuracy", "first_distance"), HYBRID_SIDE), (("class_accuracy", "frechet_distance"), 8):
         with torch.no_grad():

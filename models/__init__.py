@@ -8,7 +8,7 @@ NAMES = {
     "head": ("sample_tokens",),
     "pipeline": ("SARPipeline", "open_pipeline"),
     "released": ("build_vae_var",),
-    "sampling": ("Draw", "Guidance", "generate"),
+    "sampling": ("Guidance", "SamplingConfig", "generate"),
     "scales": ("DEFAULT_SCHEDULE", "ScaleSchedule", "draw_schedule", "shift_up"),
     "vqvae": ("VQVAE", "VQVAEConfig"),
 }

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.flexvar import FlexVAR
-from models.sampling import Draw, Edit, draw_images
+from models.sampling import Edit, SamplingConfig, generate
 from models.scales import ScaleSchedule
 from models.vqvae import VQVAE
 
@@ -39,7 +39,7 @@ def inpaint(
     masks: Tensor,
     labels: Tensor,
     schedule: ScaleSchedule,
-    draw: Draw,
+    draw: SamplingConfig,
     seeds: Sequence[int],
     supervision: str = "latent",
 ) -> Tensor:
@@ -62,7 +62,7 @@ def inpaint(
     device = model.pos_start.device
     images, masks = images.to(device), masks.to(device)
     edit = hold_known(vae, images, masks, schedule, supervision)
-    painted = draw_images(model, vae, labels, schedule, draw, seeds, edit)
+    painted = generate(model, vae, labels, schedule, draw, seeds, edit)
     return torch.where(masks > 0.5, painted.clamp(-1, 1), images)
 
 

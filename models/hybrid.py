@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from models.flexvar import DecodingState, FlexVAR, FlexVARConfig
 from models.head import Prediction, Sampler, guide, sample_tokens
 from models.layers import attend
-from models.sampling import Draw
+from models.sampling import SamplingConfig
 from models.scales import ScaleSchedule, shift_all
 
 SHARE_MEAN, SHARE_DEVIATION, SHARE_LEAST = 1.0, 0.25, 0.7  # of the hidden positions: a normal cut to [least, 1]
@@ -181,7 +181,7 @@ class HybridVAR(FlexVAR):
         return schedule.total + schedule.lengths[0]
 
     def unmask_first_scale(
-        self, state: DecodingState, codebook_VD: Tensor, draw: Draw, uniforms: Tensor, order: Tensor
+        self, state: DecodingState, codebook_VD: Tensor, draw: SamplingConfig, uniforms: Tensor, order: Tensor
     ) -> Tensor:
         """Codes of the first side (B, n), revealed in `draw.fill_steps` steps, in each image's own random order.
 

@@ -20,14 +20,14 @@ from torchvision.transforms.functional import to_pil_image, to_tensor
 from models.editing import inpaint, place_on_canvas
 from models.flexvar import FlexVAR
 from models.generators import config_of
-from models.sampling import Draw, Edit, Guidance, sample_codes
+from models.sampling import TOP_K, TOP_P, Edit, Guidance, SamplingConfig, sample_codes
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 from models.vqvae import VQVAE, VQVAEConfig, to_bytes
 from utils.runtime.entry import check_output_directory, entry
 from utils.runtime.flags import Parser
 from utils.runtime.image_files import upright_rgb
 
-RELEASED_MAX_PN = 16  # see `Draw`: sides that released models are sampled at
+RELEASED_MAX_PN = 16  # see `SamplingConfig`: sides that released models are sampled at
 
 Classes = str | int | Sequence[str | int]
 
@@ -113,8 +113,8 @@ class SARPipeline(
         supervision: str = "latent",
         max_pn: int | None = RELEASED_MAX_PN,
     ):
-        """`supervision`: how training made codes of images, see `VQVAE.tokenize`. `max_pn`: see `Draw`; None for
-        models that are none of the released ones."""
+        """`supervision`: how training made codes of images, see `VQVAE.tokenize`. `max_pn`: see `SamplingConfig`; None
+        for models that are none of the released ones."""
         super().__init__()
         self.supervision, self.max_pn = supervision, max_pn
         self.vae = VQVAE(VQVAEConfig(**{**tokenizer, "width_mult": tuple(tokenizer["width_mult"])}))
@@ -155,7 +155,7 @@ class SARPipeline(
         Scales and class names are those of the run that `ckpt` belongs to, or the scales of the tokenizer's run, unless
         they are given; for a file that belongs to none, the default ten and ImageNet's. An empty `vae_ckpt` is the
         tokenizer of that run, or the released one. A file that belongs to no run is sampled as released models are:
-        see `Draw.max_pn`.
+        see `SamplingConfig.max_pn`.
 
         Raises ValueError when the two do not fit: other sizes, or other weights than the run was trained on. The latter
         is a warning when `vae_ckpt` was named.
@@ -218,15 +218,15 @@ class SARPipeline(
         self,
         cfg: float = 2.5,
         guidance: str = "ramp",
-        top_k: int = 900,
-        top_p: float = 0.95,
+        top_k: int = TOP_K,
+        top_p: float = TOP_P,
         fill_steps: int = 8,
         max_pn: int = 0,
-    ) -> Draw:
+    ) -> SamplingConfig:
         """How this model is sampled. max_pn 0 is its own: 16 for released weights, no bound for others."""
-        return Draw(Guidance(guidance, cfg), top_k, top_p, max_pn or self.max_pn, fill_steps)
+        return SamplingConfig(Guidance(guidance, cfg), top_k, top_p, max_pn or self.max_pn, fill_steps)
 
-    def greedy_sides(self, draw: Draw) -> str:
+    def greedy_sides(self, draw: SamplingConfig) -> str:
         """A line on the sides that the released models' rule takes greedily; empty when there are none."""
         sides = [str(s) for s in self.schedule.sides if draw.greedy(s)]
         rule = f"released models are sampled at sides up to {draw.max_pn} that they were tuned for"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.flexvar import FlexVAR, FlexVARConfig
-from models.sampling import Guidance, generate
+from models.sampling import Guidance, SamplingConfig, generate
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 from models.vqvae import VQVAE, VQVAEConfig
 
@@ -51,8 +51,8 @@ class ReleasedFlexVAR(FlexVAR):
         if len(labels) != B:
             raise ValueError(f"B is {B}, but label_B holds {len(labels)} labels")
         guidance = Guidance("constant" if used_llamagen_cfg else "ramp", cfg)
-        schedule = ScaleSchedule(tuple(infer_patch_nums))
-        return generate(self, vqvae, labels, schedule, guidance, top_k, top_p, range(seed, seed + B), max_pn=max_pn)
+        schedule, sampling = ScaleSchedule(tuple(infer_patch_nums)), SamplingConfig(guidance, top_k, top_p, max_pn)
+        return generate(self, vqvae, labels, schedule, sampling, range(seed, seed + B))
 
 
 def build_vae_var(

@@ -21,6 +21,8 @@ from models.vqvae import VQVAE
 # Sides that released models were tuned to sample at; any other is taken greedily.
 SAMPLED_SIDES = frozenset({1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32})
 
+TOP_K, TOP_P = 900, 0.95  # of the paper's evaluation and rollouts
+
 Edit = Callable[[int, Tensor], Tensor]  # side, sampled codes (B, s²) → codes that go on
 
 
@@ -64,7 +66,7 @@ class Guidance:
 
 
 @dataclass(frozen=True)
-class Draw:
+class SamplingConfig:
     """How tokens are drawn.
 
     `max_pn` is the released models' rule: sides above it, and those that they were not tuned to sample at, are taken
@@ -106,7 +108,7 @@ def generate_scales(
     codebook_VD: Tensor,
     labels: Tensor,
     schedule: ScaleSchedule,
-    draw: Draw,
+    draw: SamplingConfig,
     uniforms: Tensor,
     edit: Edit | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
@@ -153,7 +155,7 @@ def sample_codes(
     codebook_VD: Tensor,
     labels: Tensor,
     schedule: ScaleSchedule,
-    draw: Draw,
+    draw: SamplingConfig,
     seeds: Sequence[int],
     edit: Edit | None = None,
     until: int = 0,
@@ -172,16 +174,14 @@ def sample_codes(
     return codes
 
 
+@torch.no_grad()
 def generate(
     model: FlexVAR,
     vae: VQVAE,
     labels: Tensor,
     schedule: ScaleSchedule,
-    guidance: Guidance,
-    top_k: int,
-    top_p: float,
+    sampling: SamplingConfig,
     seeds: Sequence[int],
-    max_pn: int | None = None,
     edit: Edit | None = None,
 ) -> Tensor:
     """Images of the classes `labels`.
@@ -189,26 +189,12 @@ def generate(
     Args:
         labels: (B,) class ids.
         schedule: sides to walk, any that the weights make sense of; the last one sets the resolution.
-        guidance, top_k, top_p, max_pn: see `Guidance`, `sample_tokens` and `Draw`.
+        sampling: guidance, top-k, top-p.
         seeds: one an image; an image depends on its own seed, not on its batch.
         edit: (side, codes (B, s²)) → codes, to hold some of them.
 
     Returns: (B, 3, factor·s_N, factor·s_N), in [-1, 1] but not clamped.
     """
-    return draw_images(model, vae, labels, schedule, Draw(guidance, top_k, top_p, max_pn), seeds, edit)
-
-
-@torch.no_grad()
-def draw_images(
-    model: FlexVAR,
-    vae: VQVAE,
-    labels: Tensor,
-    schedule: ScaleSchedule,
-    draw: Draw,
-    seeds: Sequence[int],
-    edit: Edit | None = None,
-) -> Tensor:
-    """`generate`, with all that a `Draw` can say."""
-    codes = sample_codes(model, vae.codebook, labels, schedule, draw, seeds, edit)
+    codes = sample_codes(model, vae.codebook, labels, schedule, sampling, seeds, edit)
     with evaluating(vae):
         return vae.decode(codes[schedule.sides[-1]], schedule.sides[-1])

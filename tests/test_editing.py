@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from models import Draw, Guidance
+from models import Guidance, SamplingConfig
 from models.editing import hold_known, inpaint, place_on_canvas
 from models.pipeline import SARPipeline, to_pil
 
@@ -22,7 +22,7 @@ def half(expected):
 
 def paint(model, vae, images, masks, labels, schedule, seeds=(0, 1)):
     return inpaint(
-        model, vae, images, masks, torch.tensor(labels), schedule, Draw(Guidance("ramp", 1.5), 20, 0.9), seeds
+        model, vae, images, masks, torch.tensor(labels), schedule, SamplingConfig(Guidance("ramp", 1.5), 20, 0.9), seeds
     )
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import Draw, SARPipeline
+from models import SamplingConfig, SARPipeline
 from models.head import sample_tokens
 from models.sampling import generate_scales, image_uniforms
 from models.scales import ScaleSchedule, shift_all
@@ -40,8 +40,9 @@ def test_the_three_likelihoods_by_their_definitions(saved, data):
         fed, before = truth.clone(), schedule.span(i - 1)
         fed[:, before] = drawn[:, before]
         one_step.append(nll(fed)[0][i])
+    free = SamplingConfig()
     with torch.no_grad():
-        own = torch.cat([c for _, c in generate_scales(model, codebook, labels, schedule, Draw(), uniforms)], dim=1)
+        own = torch.cat([c for _, c in generate_scales(model, codebook, labels, schedule, free, uniforms)], dim=1)
     found = Exposure.of(data, seed=5)
     assert found.forced == pytest.approx(forced, rel=1e-5)
     assert found.one_step == pytest.approx(one_step, rel=1e-5)

@@ -11,7 +11,7 @@ from models import Guidance, ScaleSchedule, generate
 from models.head import Sampler
 from models.hybrid import HybridConfig, HybridVAR, MaskedInputs, draw_share
 from models.pipeline import SARPipeline, open_pipeline
-from models.sampling import Draw, sample_codes
+from models.sampling import SamplingConfig, sample_codes
 from models.scales import shift_all
 from models.weights import load_flexvar, load_strictly, read_state_dict, save_weights
 from tests.conftest import ALONE, config_of, fill, tool, torchrun
@@ -173,7 +173,7 @@ def test_positions_are_revealed_along_a_cosine(steps, counts, batch, monkeypatch
 
     monkeypatch.setattr(model, "first_logits", watch)
     labels, _, codebook = batch
-    sample_codes(model, codebook, labels[:3], SCHEDULE, Draw(fill_steps=steps), [1, 2, 3])
+    sample_codes(model, codebook, labels[:3], SCHEDULE, SamplingConfig(fill_steps=steps), [1, 2, 3])
     left = [int(hidden[0].sum()) for hidden in seen] + [0]
     revealed = [a - b for a, b in pairwise(left)]
     assert sum(revealed) == 4
@@ -185,7 +185,7 @@ def test_positions_are_revealed_along_a_cosine(steps, counts, batch, monkeypatch
 
 def test_images_do_not_depend_on_their_batch(batch):
     model, (labels, _, codebook) = hybrid(), batch
-    draw = Draw(Guidance("ramp", 2.0), top_k=20, top_p=0.9)
+    draw = SamplingConfig(Guidance("ramp", 2.0), top_k=20, top_p=0.9)
     together = sample_codes(model, codebook, labels[:3], SCHEDULE, draw, [5, 6, 7])
     for i, seed in enumerate((5, 6, 7)):
         alone = sample_codes(model, codebook, labels[i : i + 1], SCHEDULE, draw, [seed])
@@ -200,9 +200,9 @@ def test_guidance_is_a_half_ramp_over_the_steps(batch, monkeypatch):
     model, weights = hybrid(), []
     monkeypatch.setattr(module, "guide", lambda c, u, w: weights.append(w) or c)
     labels, _, codebook = batch
-    sample_codes(model, codebook, labels[:2], SCHEDULE, Draw(Guidance("ramp", 3.0), fill_steps=2), [1, 2])
+    sample_codes(model, codebook, labels[:2], SCHEDULE, SamplingConfig(Guidance("ramp", 3.0), fill_steps=2), [1, 2])
     assert weights == [3.0 * 0.5 * 1.5, 3.0]
-    sample_codes(model, codebook, labels[:2], SCHEDULE, Draw(Guidance("none", 3.0), fill_steps=2), [1, 2])
+    sample_codes(model, codebook, labels[:2], SCHEDULE, SamplingConfig(Guidance("none", 3.0), fill_steps=2), [1, 2])
     assert len(weights) == 2
 
 
@@ -221,7 +221,7 @@ def test_weights_and_pipelines_know_what_they_are(vae, tmp_path):
         again = open_pipeline(str(tmp_path / f"pipeline{len(options)}"), pn="1_2_4")
         assert again.schedule.sides == (2, 4)
         drawn = [
-            generate(m, vae, torch.tensor([1]), SCHEDULE, Guidance("ramp", 2.0), 0, 0.9, [3])
+            generate(m, vae, torch.tensor([1]), SCHEDULE, SamplingConfig(Guidance("ramp", 2.0), 0, 0.9), [3])
             for m in (model, loaded, again.model)
         ]
         assert torch.equal(drawn[0], drawn[1])

@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 
-from models import Guidance, ScaleSchedule, build_vae_var, generate
+from models import Guidance, SamplingConfig, ScaleSchedule, build_vae_var, generate
 from models.released import ReleasedFlexVAR
 from tests.conftest import ROOT, fill, worst
 
@@ -52,7 +52,7 @@ def test_released_arguments_have_their_released_meaning(vae, model, expected):
     drawn = released.autoregressive_infer_cfg(vae, 2, [3, 7], g_seed=5, cfg=1.5, top_k=20, infer_patch_nums=sides)
     schedule = ScaleSchedule(sides)
     assert torch.equal(
-        drawn, generate(model, vae, expected["labels"], schedule, Guidance("ramp", 1.5), 20, 0.0, [5, 6])
+        drawn, generate(model, vae, expected["labels"], schedule, SamplingConfig(Guidance("ramp", 1.5), 20), [5, 6])
     )
     assert released.autoregressive_infer_cfg(vae, 3, 4, infer_patch_nums=(1, 2)).shape == (3, 3, 32, 32)
     assert released.autoregressive_infer_cfg(vae, 3, infer_patch_nums=(1, 2)).shape == (3, 3, 32, 32)

@@ -33,7 +33,7 @@ def room_of(module: str) -> str | None:
 def imported(path) -> set[str]:
     """Modules that a file imports, wherever in it."""
     found = set()
-    for node in ast.generate_scales(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -2,7 +2,15 @@ import pytest
 import torch
 
 from models.head import sample_tokens
-from models.sampling import Draw, Guidance, evaluating, generate, generate_scales, image_uniforms, sample_codes
+from models.sampling import (
+    Guidance,
+    SamplingConfig,
+    evaluating,
+    generate,
+    generate_scales,
+    image_uniforms,
+    sample_codes,
+)
 from models.scales import ScaleSchedule, shift_all
 from tests.conftest import worst
 
@@ -19,10 +27,10 @@ CASES = {
 def test_greedy_tokens_and_images_equal_the_released_ones(case, vae, model, expected):
     guidance, sides = CASES[case]
     schedule = ScaleSchedule(sides)
-    codes = sample_codes(model, vae.codebook, expected["labels"], schedule, Draw(guidance, 1), [0, 1])
+    codes = sample_codes(model, vae.codebook, expected["labels"], schedule, SamplingConfig(guidance, 1), [0, 1])
     tokens = torch.cat([codes[s] for s in sides], dim=1)
     assert torch.equal(tokens, expected[f"sample.greedy.{case}.tokens"])
-    images = generate(model, vae, expected["labels"], schedule, guidance, 1, 0.0, [0, 1])
+    images = generate(model, vae, expected["labels"], schedule, SamplingConfig(guidance, 1), [0, 1])
     assert torch.equal(images, vae.decode(codes[sides[-1]], sides[-1]))
     if f"sample.greedy.{case}.images" in expected:
         assert worst(images, expected[f"sample.greedy.{case}.images"]) < 2e-5
@@ -113,7 +121,9 @@ def test_guidance_weights_by_their_definitions():
 def test_cached_logits_equal_the_masked_forward(vae, model, expected):
     schedule = ScaleSchedule((1, 2, 3, 5, 8, 13))  # over 160 tokens: both kinds of attention group
     labels, uniforms = expected["labels"], image_uniforms([3, 4], schedule.total, torch.device("cpu"))
-    scales = generate_scales(model, vae.codebook, labels, schedule, Draw(top_k=20, top_p=0.9, max_pn=None), uniforms)
+    scales = generate_scales(
+        model, vae.codebook, labels, schedule, SamplingConfig(top_k=20, top_p=0.9, max_pn=None), uniforms
+    )
     codes = torch.cat([c for _, c in scales], dim=1)
     inputs = shift_all(codes, vae.codebook, schedule)
     masked = model(labels, inputs, schedule)
@@ -130,7 +140,7 @@ def test_cached_logits_equal_the_masked_forward(vae, model, expected):
 
 def test_an_image_depends_on_its_own_seed_only(vae, model, schedule):
     def draw(labels, seeds):
-        how = Draw(Guidance("ramp", 2.0), 50, 0.95)
+        how = SamplingConfig(Guidance("ramp", 2.0), 50, 0.95)
         return sample_codes(model, vae.codebook, torch.tensor(labels), schedule, how, seeds)[4]
 
     together = draw([1, 2, 3, 1], [10, 11, 12, 13])
@@ -143,7 +153,7 @@ def test_odd_and_large_sides_are_taken_greedily(vae, model):
     schedule, labels = ScaleSchedule((1, 4, 7)), torch.tensor([1])
 
     def draw(seed, max_pn=16, edit=None):
-        return sample_codes(model, vae.codebook, labels, schedule, Draw(max_pn=max_pn), [seed], edit)
+        return sample_codes(model, vae.codebook, labels, schedule, SamplingConfig(max_pn=max_pn), [seed], edit)
 
     held = {}
 
@@ -161,14 +171,15 @@ def test_odd_and_large_sides_are_taken_greedily(vae, model):
 
 def test_without_a_bound_every_side_is_drawn(vae, model):
     schedule, labels = ScaleSchedule((1, 7)), torch.tensor([1])
-    draws = [sample_codes(model, vae.codebook, labels, schedule, Draw(max_pn=None), [seed])[7] for seed in (0, 1)]
+    config = SamplingConfig()
+    draws = [sample_codes(model, vae.codebook, labels, schedule, config, [seed])[7] for seed in (0, 1)]
     assert (draws[0] != draws[1]).float().mean() > 0.3
 
 
 def test_a_walk_that_stops_early_draws_the_same_and_computes_no_more(vae, model, schedule):
     labels, sides = torch.tensor([1, 2]), []
     model.blocks[0].register_forward_hook(lambda _, x, y: sides.append(x[0].shape[1]))
-    draw = Draw(Guidance("ramp", 2.0), 20, 0.9)
+    draw = SamplingConfig(Guidance("ramp", 2.0), 20, 0.9)
     whole = sample_codes(model, vae.codebook, labels, schedule, draw, [3, 4])
     sides.clear()
     part = sample_codes(model, vae.codebook, labels, schedule, draw, [3, 4], until=2)
@@ -190,7 +201,7 @@ def test_modes_come_back_even_after_an_exception(vae, model, schedule):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generate(model, vae, torch.tensor([1]), schedule, Guidance(), 1, 0.0, [0], edit=fail)
+        generate(model, vae, torch.tensor([1]), schedule, SamplingConfig(top_k=1), [0], edit=fail)
     assert model.training
     with evaluating(model):
         assert not model.training
@@ -200,4 +211,4 @@ def test_modes_come_back_even_after_an_exception(vae, model, schedule):
 def test_wrong_requests_are_named(vae, model, schedule):
     for labels, seeds, message in [([10], [0], "10 is out of range"), ([1, 2], [0], "2 labels, 1 seeds")]:
         with pytest.raises(ValueError, match=message):
-            generate(model, vae, torch.tensor(labels), schedule, Guidance(), 1, 0.0, seeds)
+            generate(model, vae, torch.tensor(labels), schedule, SamplingConfig(top_k=1), seeds)

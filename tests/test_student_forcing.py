@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.sampling import Draw, Guidance, evaluating, generate_scales
+from models.sampling import Guidance, SamplingConfig, evaluating, generate_scales
 from models.scales import ScaleSchedule, shift_all, shift_up
 from student_forcing import STUDENT_FORCING
 from tests.conftest import ALONE, config_of, torchrun, worst
@@ -81,7 +81,8 @@ def test_full_feeds_what_generate_would_feed_under_the_same_seeds(rollout, refer
     guidance = Guidance("half_ramp", 2.5) if rollout == "cfg" else Guidance("none")
     with torch.no_grad(), evaluating(model):
         top_k = 1 if rollout == "argmax" else 20
-        scales = generate_scales(model, vae.codebook, batch.labels, schedule, Draw(guidance, top_k, 0.9), uniforms)
+        config = SamplingConfig(guidance, top_k, 0.9)
+        scales = generate_scales(model, vae.codebook, batch.labels, schedule, config, uniforms)
         wanted = torch.cat([codes for _, codes in scales], dim=1)
     assert torch.equal(fed[:, :14], wanted[:, :14])  # the finest scale feeds nothing
     assert worst(shift_all(fed, vae.codebook, schedule), shift_all(wanted, vae.codebook, schedule)) == 0

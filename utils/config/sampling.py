@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import simple_parsing
 
+from models.sampling import TOP_K, TOP_P
 from utils.runtime.flags import Flags, alias, at_least, at_most, check_number, only_with, without
 
 
@@ -33,8 +34,8 @@ class DrawConfig(Flags):
     use_ema: bool = False  # a run's moving average instead of its weights
     cfg: float = 2.5  # guidance scale
     guidance: Literal["ramp", "constant", "none"] = "ramp"  # how guidance grows over the scales
-    top_k: int = 900  # top-k; 0: off, 1: greedy
-    top_p: float = 0.95  # top-p; 0: off
+    top_k: int = TOP_K  # top-k; 0: off, 1: greedy
+    top_p: float = TOP_P  # top-p; 0: off
     max_pn: int = alias(0, "--maxpn")
     """sides above it, and those that released models were not tuned for, are taken greedily; 0: 16 for released weights
     (files that belong to no run), no such rule for others"""

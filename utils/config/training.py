@@ -9,6 +9,7 @@ from typing import Literal
 import simple_parsing
 
 from models.generators import GENERATORS
+from models.sampling import TOP_K, TOP_P
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 from utils.runtime.flags import Flags, alias, at_least, at_most, only_with
 
@@ -140,8 +141,8 @@ class SARConfig(Flags):
     rollout: Literal["argmax", "sample", "cfg"] = "cfg"  # how tokens are drawn from the teacher's logits
     csf_target: Literal["teacher", "ground_truth", "teacher_soft"] = "teacher"
     """teacher: the tokens it drew (Eq. 10); ground_truth: the ablation; teacher_soft: KL to its distribution (ours)"""
-    sf_top_k: int = 900  # rollout: top-k; 0: off
-    sf_top_p: float = 0.95  # rollout: top-p; 0: off
+    sf_top_k: int = TOP_K  # rollout: top-k; 0: off
+    sf_top_p: float = TOP_P  # rollout: top-p; 0: off
     sf_cfg_scale: float = 2.5  # rollout: scale of the half-ramp guidance
 
     def __post_init__(self):

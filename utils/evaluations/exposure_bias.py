@@ -14,7 +14,7 @@ from torch import Tensor
 from models.head import Prediction, Sampler, chunks
 from models.pipeline import SARPipeline, class_names, open_pipeline
 from models.run_record import find_run
-from models.sampling import Draw, Edit, evaluating, generate_scales, image_uniforms
+from models.sampling import SamplingConfig, evaluating, generate_scales, image_uniforms
 from models.scales import ScaleSchedule
 from utils.config.training import DataConfig
 from utils.data.datasets import ImageDataset, encode_batch, open_dataset, plain_batches, plain_images
@@ -127,8 +127,8 @@ class ValidationSet:
                 return known[s] if on_truth else codes
 
             with evaluating(model):
-                walked: Edit = edit
-                for _ in generate_scales(model, codebook, labels, self.schedule, Draw(top_k=top_k), uniforms, walked):
+                config = SamplingConfig(top_k=top_k)
+                for _ in generate_scales(model, codebook, labels, self.schedule, config, uniforms, edit):
                     pass
             found.append(torch.cat(list(own.values()), dim=1).cpu())
             done += len(labels)
