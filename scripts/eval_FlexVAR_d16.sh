@@ -1,8 +1,6 @@
 #!/usr/bin/env bash
 # FID, sFID, IS, precision and recall of FlexVAR-d16: 50 images of each of 1,000 classes.
-RECIPE=(
-    --ckpt pretrained/FlexVARd16-epo179.pth
-    --cfg 2.2
-    --out_dir out/eval_FlexVAR_d16
-)
+DEPTH=16 FAMILY=FlexVAR
+source "$(dirname "$(readlink -f "$0")")/recipes.sh"
+eval_recipe
 source "$(dirname "$(readlink -f "$0")")/eval_common.sh"

@@ -1,8 +1,6 @@
 #!/usr/bin/env bash
 # FID, sFID, IS, precision and recall of SAR-d20: 50 images of each of 1,000 classes.
-RECIPE=(
-    --ckpt pretrained/SARd20-epo249.pth
-    --cfg 2.6
-    --out_dir out/eval_SAR_d20
-)
+DEPTH=20 FAMILY=SAR
+source "$(dirname "$(readlink -f "$0")")/recipes.sh"
+eval_recipe
 source "$(dirname "$(readlink -f "$0")")/eval_common.sh"

@@ -76,7 +76,7 @@ def test_help_is_printed_where_the_terminal_has_no_signs_for_it(name):
 
 
 SCRIPTS = sorted(p.name for p in (ROOT / "scripts").iterdir() if p.suffix in (".sh", ".sbatch"))
-SOURCED = {"lib.sh", "train_common.sh", "eval_common.sh"}
+SOURCED = {"lib.sh", "recipes.sh", "train_common.sh", "eval_common.sh"}
 
 
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in SOURCED])
