@@ -35,7 +35,7 @@ CHANGED: dict[str, tuple[str, list[str]]] = {
     "steps": ("3", []), "wp": ("0.5", []), "wpe": ("0.5", ["--ep=0.02"]), "twd": ("0.9", []), "tclip": ("0.01", []),
     "precision": ("bf16", []), "ema": ("0.5", []),
     "training_mode": ("sf_full", ["--csf_weight=0.01"]),
-    "sf_hybrid_from": ("1", ["--training_mode=sf_hybrid", "--csf_weight=0.01"]),
+    "sf_hybrid_from": ("4", ["--training_mode=sf_hybrid", "--sf_hybrid_from=2", "--csf_weight=0.01"]),
     "csf_weight": ("3", []), "ssr": ("last", []), "ssr_steps": ("2", []),
     "rollout": ("argmax", []), "csf_target": ("ground_truth", []),
     "sf_top_k": ("2", []), "sf_top_p": ("0.1", []), "sf_cfg_scale": ("30", []),
@@ -100,7 +100,8 @@ def observe(flags, directory) -> dict[str, object]:
     """What a run does, but for times, its own name, and the record of its flags."""
     status = attempt([*flags, f"--out_dir={directory}"])
     lines = [line.replace(str(directory), "") for line in log_of(directory).splitlines()]
-    said = [line.split()[0] if "ETA" in line else line for line in lines]  # the run's name, not its speed
+    timed = ("ETA", "the first step took")
+    said = [line.split()[0] if any(t in line for t in timed) else line for line in lines]  # the run's name, no speed
     files = {
         str(p.relative_to(directory)): digest(p) if p.suffix in (".png", ".safetensors") else ""
         for p in directory.rglob("*")

@@ -69,7 +69,7 @@ def test_sigterm_to_torchrun_saves_and_resumes(tiny, tmp_path):
     assert run.wait(60) != 0
     assert not killed(ranks)
     saved = int(re.search(r"stopped by signal 15, saved step (\d+)", log.read_text())[1])
-    logged = max(int(step) for step in re.findall(r"SAR (\d+)/400", log.read_text()))
+    logged = max(int(step) for step in re.findall(r"run (\d+)/400", log.read_text()))
     assert logged <= saved <= logged + 60  # log lines are 4 steps apart; the signal travels
     assert launch(2, flags, log).wait(200) == 0, log.read_text()
     assert f"steps {saved} to 400" in log.read_text()
