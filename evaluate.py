@@ -77,7 +77,7 @@ class Generated:
 
 
 def save_images(config: EvalConfig, directory: Path) -> Callable[[range, Tensor], None] | None:
-    """What --save_png and --save_npz do with a chunk of images."""
+    """Function that saves a chunk of images, by --save_png and --save_npz."""
     if not (config.save_png or config.save_npz):
         return None
     (directory / "png").mkdir(parents=True, exist_ok=True)

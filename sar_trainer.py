@@ -57,7 +57,7 @@ class SARTrainer(Trainer):
         return passes[0]._replace(loss=torch.stack([p.loss for p in passes]).mean())
 
     def rollout_sampler(self, labels: Tensor, inputs: Inputs, schedule: ScaleSchedule, first: int = 0) -> Sampler:
-        """How a pass on these inputs, asked for the scales from number `first` on, samples its rollout (Eq. 5).
+        """Settings by which a pass on these inputs, asked for the scales from number `first` on, samples (Eq. 5).
 
         Only scales that the next pass is fed with, or asked to predict. With --rollout cfg the unconditional class runs
         on the same inputs; that half needs no gradient, and no scale past the last one that is sampled.
@@ -82,7 +82,7 @@ class SARTrainer(Trainer):
         return sampler.guided(features, weights)
 
     def measured(self, teacher: Prediction, student: Prediction, tokens: Tensor, schedule: ScaleSchedule) -> Metrics:
-        """What is logged of both passes."""
+        """Numbers to log of both passes."""
         last = self.config.sar.ssr == "last"
         asked = ScaleSchedule((1, schedule.sides[-1])) if last else schedule
         return {

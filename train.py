@@ -24,7 +24,7 @@ from student_forcing import STUDENT_FORCING
 from trainer import Trainer
 from utils.config.training import TrainConfig
 from utils.data.code_cache import open_cache, read_manifest
-from utils.data.datasets import check_dataset, open_splits
+from utils.data.datasets import Examples, check_dataset, open_splits
 from utils.runtime.checkpoint import last_invariants
 from utils.runtime.distributed import Ranks
 from utils.runtime.entry import entry, notice
@@ -118,9 +118,11 @@ def build(config: TrainConfig, me: Ranks) -> Trainer:
     config = with_sides(config)
     vae, wanted, encode = load_tokenizer(config.model.vae_ckpt), config.model, None
     size = wanted.scales.sides[-1] * vae.config.factor
+    train_set: Examples
+    val_set: Examples | None
     if config.speed.code_cache:
-        train_set, val_set = open_cache(Path(config.speed.code_cache), vae, wanted.supervision, size)
-        encode = train_set.code_batch
+        codes, val_set = open_cache(Path(config.speed.code_cache), vae, wanted.supervision, size)
+        train_set, encode = codes, codes.code_batch
     else:
         train_set, val_set = open_splits(config.data, size, config.run.seed, config.run.directory)
     if val_set is None and config.watch.eval_every:

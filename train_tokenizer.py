@@ -5,10 +5,11 @@ from __future__ import annotations
 import utils.runtime.threads  # noqa: F401  # isort: skip
 
 import random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.discriminator import Discriminator
 from models.sampling import evaluating
@@ -36,6 +37,9 @@ class TokenizerTrainer(Loop):
     Rows of the codebook that no side used for --usage_every steps are put where the latents are.
     """
 
+    config: TokenizerTrainConfig
+    model: VQVAE
+
     def __init__(
         self,
         config: TokenizerTrainConfig,
@@ -46,21 +50,21 @@ class TokenizerTrainer(Loop):
     ):
         wanted, sides = config.loss, config.model.scales.sides
         self.use = CodebookUse(sides, vae.config.codebook_size)
-        others = {"codebook_use": self.use}
+        auxiliary: dict[str, nn.Module] = {"codebook_use": self.use}
+        self.opponent: nn.Module | None = None
         if wanted.disc_weight:
-            others["discriminator"] = Discriminator(wanted.disc_width, wanted.disc_layers)
-            if others["discriminator"].smallest > config.model.image_size:
-                raise ValueError(
-                    f"--disc_layers {wanted.disc_layers} needs images of {others['discriminator'].smallest} pixels"
-                )
+            discriminator = Discriminator(wanted.disc_width, wanted.disc_layers)
+            if discriminator.smallest > config.model.image_size:
+                raise ValueError(f"--disc_layers {wanted.disc_layers} needs images of {discriminator.smallest} pixels")
+            auxiliary["discriminator"], self.opponent = discriminator, Opponent(discriminator)
         perceptual = make_perceptual(wanted.perceptual, wanted.perceptual_weights)
         if perceptual is not None and perceptual.smallest > config.model.image_size:
             raise ValueError(f"--perceptual {wanted.perceptual} needs images of {perceptual.smallest} pixels")
         loss = MultiScaleLoss(vae, wanted, perceptual)
-        super().__init__(config, vae, train_set, val_set, ranks, loss, others)
-        self.opponent = Opponent(others["discriminator"]) if wanted.disc_weight else None
+        super().__init__(config, vae, train_set, val_set, ranks, loss, auxiliary)
         if self.opponent is not None:
-            self.opponent = data_parallel(self.opponent) if ranks.world > 1 else self.opponent
+            if ranks.world > 1:
+                self.opponent = data_parallel(self.opponent)
             self.networks.append(self.opponent)
         self.counted = torch.zeros_like(self.use.counts)  # (S, V) codes of this step and rank
         self.offers: list[Tensor] = []  # vectors of this step and rank for unused rows, from each micro-batch
@@ -94,12 +98,12 @@ class TokenizerTrainer(Loop):
         return [*sorted(rng.sample(coarse, min(self.config.model.sides_per_step, len(coarse)))), finest]
 
     def adversarial(self) -> bool:
-        """Whether the discriminator takes part in this step."""
+        """True when the discriminator takes part in this step."""
         return self.opponent is not None and self.step >= self.config.loss.disc_start
 
     @property
     def window_ends(self) -> bool:
-        """Whether this step is the last one that the codes are counted over."""
+        """True for the last step that the codes are counted over."""
         return (self.step + 1) % self.config.loss.usage_every == 0
 
     @torch.no_grad()
@@ -115,7 +119,7 @@ class TokenizerTrainer(Loop):
             everyones = mine.new_zeros(len(mine), self.ranks.world, *mine.shape[1:])
             everyones[:, self.ranks.rank] = mine
             offers = self.ranks.sum(everyones).flatten(0, 2)[: self.use.counts.shape[1]]  # (V, D)
-            models = [self.model, *([self.ema_model] if self.ema_model is not None else [])]
+            models: list[Any] = [self.model, *([self.ema_model] if self.ema_model is not None else [])]
             dead = self.use.unused() & (skip == 0)  # a dropped step changes no weight
             found["revived"] = revive([model.quantize.embedding.weight for model in models], dead, offers)
             self.offers.clear()
@@ -192,7 +196,7 @@ def build(config: TokenizerTrainConfig, me: Ranks) -> TokenizerTrainer:
 
 
 def check(config: TokenizerTrainConfig) -> None:
-    """Whether the files that the flags name are there, and what else the losses need."""
+    """Checks that the files that the flags name are there, and what else the losses need."""
     check_dataset(config.data)
     if config.model.init_ckpt and not checkpoints(config.run.directory):
         offer(config.model.init_ckpt)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from models.scales import ScaleSchedule, draw_schedule
 from models.vqvae import VQVAE
 from models.weights import digest_of
 from utils.config.training import TrainConfig
-from utils.data.datasets import CodeBatch, ImageDataset, encode_batch
+from utils.data.datasets import CodeBatch, Examples, encode_batch
 from utils.reporting.pictures import grid, spread_labels, square
 from utils.runtime.distributed import Ranks, shard
 from utils.training.learner import Metrics
@@ -34,13 +35,16 @@ Encode = Callable[[Tensor, Tensor, ScaleSchedule], CodeBatch]  # what a data set
 class Trainer(Loop):
     """Trains FlexVAR by teacher forcing. Subclasses override `compute_loss` and nothing else."""
 
+    config: TrainConfig
+    model: FlexVAR
+
     def __init__(
         self,
         config: TrainConfig,
         model: FlexVAR,
         vae: VQVAE,
-        train_set: ImageDataset,
-        val_set: ImageDataset | None,
+        train_set: Examples,
+        val_set: Examples | None,
         ranks: Ranks,
         encode: Encode | None = None,
     ):
@@ -134,7 +138,7 @@ class Trainer(Loop):
     def picture(self) -> Tensor:
         """Samples of fixed seeds and classes (3, H, W) in [0, 1]."""
         watch = self.config.watch
-        model = self.ema_model if watch.vis_ema else self.model
+        model: Any = self.ema_model if watch.vis_ema else self.model
         n = watch.vis_num_samples
         with self.precision.autocast():
             sampling = SamplingConfig(Guidance("ramp", self.config.run.vis_cfg_scale), TOP_K, TOP_P)

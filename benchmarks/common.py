@@ -1,4 +1,4 @@
-"""What the benchmarks share: a ruler, counted FLOPs, and how a result is printed."""
+"""Shared by the benchmarks: a ruler, counted FLOPs, and how a result is printed."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Clock:
         self.open.pop()
 
     def around(self, call: Callable, name: str) -> Callable:
-        """The same function, timed."""
+        """A function, timed."""
 
         def timed(*args, **kwargs):
             with self.part(name):

@@ -1,4 +1,4 @@
-"""What the studies share: what is looked at beside samples (likelihoods, exposure bias, entropy, cost), and tables.
+"""Shared by the studies: measures beside samples (likelihoods, exposure bias, entropy, cost), and tables.
 
 Legend: L tokens of a schedule.
 """

@@ -13,7 +13,7 @@ BOUNDS = ("training photographs", "reconstructed training photographs", "reconst
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything."""
+    """Amounts of everything."""
 
     tokenizer: tuple[str, ...]
     model: tuple[str, ...]

@@ -22,7 +22,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
-from models import Guidance, SamplingConfig, ScaleSchedule, generate
+from models import VQVAE, Guidance, SamplingConfig, ScaleSchedule, generate
 from models.pipeline import to_pil
 from models.weights import load_flexvar, load_tokenizer
 from utils.config.training import DataConfig
@@ -65,7 +65,7 @@ ROWS = {
 
 
 def kind_of(model: str) -> str:
-    """What --model is called in a report."""
+    """Name of --model in a report."""
     return "hybrid model" if model == "hybrid" else "FlexVAR"
 
 
@@ -132,7 +132,7 @@ def gather(views, epochs: range) -> tuple[Tensor, np.ndarray]:
     return torch.stack([image for image, _ in pairs]), np.array([label for _, label in pairs])
 
 
-def sample(directory: Path, vae: torch.nn.Module, labels: Tensor) -> Tensor:
+def sample(directory: Path, vae: VQVAE, labels: Tensor) -> Tensor:
     """Images of a run's model, the same seeds for every run."""
     model = load_flexvar(directory)
     schedule = model.trim(ScaleSchedule.parse(SIDES))
@@ -190,12 +190,12 @@ def draw_curves(runs: dict[str, Path], first: int, out: Path) -> None:
 
 
 def title_of(name: str, kind: str) -> str:
-    """What a row or picture is called; `kind` is the model's name."""
+    """Title of a row or picture; `kind` is the model's name."""
     return ROWS[name].replace("FlexVAR", kind)
 
 
 def conclusion(report: dict, kind: str) -> str:
-    """What the numbers say, in words."""
+    """The numbers, in words."""
     before, control, sar = (report[name] for name in ("flexvar", "flexvar_continued", "sar"))
     difference = sar["frechet_distance"] - control["frechet_distance"]
     seeds = f"One seed; runs that differ in their seed alone spread by about {SPREAD:g}"

@@ -157,7 +157,7 @@ class Study:
         return {**found, **self.beside_reconstructions(pooled(self.bounds(kind)))}
 
     def beside_reconstructions(self, pool: Tensor) -> dict[str, float]:
-        """What the transformer alone answers for: features (N, D) against those of reconstructed photographs."""
+        """Scores that the transformer alone answers for: features (N, D) against those of reconstructed photographs."""
         distance = frechet_distance(Statistics.of(pool), Statistics.of(self.reconstructed))
         precision, recall = precision_recall(pool, self.reconstructed)
         return {"to_reconstructions": distance, "precision_of_those": precision, "recall_of_those": recall}
@@ -165,7 +165,7 @@ class Study:
     # ----------------------------------------------------------------------------------------- evaluating
 
     def judge(self, directory: Path, *flags: str, of: str = OFFLINE) -> Path:
-        """What evaluate.py does with these flags; what it has done before it does not do again."""
+        """Runs evaluate.py with these flags; finished parts are not done again."""
         evaluate(parse(EvalConfig, [*self.features[of], f"--out_dir={directory}", *flags]), alone())
         return directory
 
@@ -224,7 +224,7 @@ class Study:
         write_json(self.out / "study.json", found)
 
     def status(self) -> None:
-        """What is done."""
+        """Prints what is done."""
         for name in ("tokenizer", "base"):
             print(f"{name:>40}  step {reached(self.out / name)}")
         for name, path in {"codes": "codes/manifest.json", "reference": f"reference_{OFFLINE}.npz"}.items():
@@ -236,7 +236,7 @@ class Study:
 
 
 def kept(path: Path, described: dict, compute: Callable[[], dict]) -> dict:
-    """What `compute` found when all that it depends on was as `described`, or finds now."""
+    """Result of `compute`, cached as long as all that it depends on is as `described`."""
     found = read_json(path) if path.is_file() else {}
     if any(found.get(name) != value for name, value in described.items()):
         found = {**described, **compute()}
@@ -245,7 +245,7 @@ def kept(path: Path, described: dict, compute: Callable[[], dict]) -> dict:
 
 
 def saved(run: Path) -> dict[str, str]:
-    """Which weights a run ended with."""
+    """Digest of the weights that a run ended with."""
     return {"checkpoint": digest(checkpoints(run)[-1] / "manifest.json")}
 
 
@@ -270,7 +270,7 @@ def pooled(directory: Path) -> Tensor:
 
 
 def scores(directory: Path) -> dict[str, float]:
-    """What an evaluation in the offline features reports."""
+    """Numbers that an evaluation in the offline features reports."""
     names = {"distance": "frechet_distance", "precision": "precision", "recall": "recall"}
     names |= {"score": "inception_style_score"}
     report = read_json(directory / "report.json")

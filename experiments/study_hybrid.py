@@ -27,6 +27,7 @@ from experiments.quickstart import (
 from experiments.study_digits import write_table
 from models.sampling import SamplingConfig, sample_codes
 from models.scales import ScaleSchedule
+from models.vqvae import VQVAE
 from models.weights import load_flexvar, load_tokenizer
 from utils.reporting.pictures import read_metrics
 from utils.runtime.entry import check_output_directory, entry
@@ -43,14 +44,14 @@ COLUMNS = {
 }
 
 
-def scores(run: Path, vae: torch.nn.Module, judges: dict[int, Judge]) -> dict[str, float]:
+def scores(run: Path, vae: VQVAE, judges: dict[int, Judge]) -> dict[str, float]:
     """Samples judged as the first side shows them, and as the last one does."""
     model = load_flexvar(run)
     schedule = model.trim(ScaleSchedule.parse(SIDES))
     labels = torch.arange(10).repeat_interleave(PER_CLASS)
     seeds = [derive_seed("study", i) for i in range(len(labels))]
     codes = sample_codes(model, vae.codebook, labels, schedule, SamplingConfig(), seeds)
-    found = {}
+    found: dict[str, float] = {}
     for names, side in (("first_accuracy", "first_distance"), HYBRID_SIDE), (("class_accuracy", "frechet_distance"), 8):
         with torch.no_grad():
             images = torch.cat([vae.decode(part, side) for part in codes[side].split(100)])

@@ -1,6 +1,17 @@
 """The tokenizer, the transformer, and how to sample from them."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what `__getattr__` below gives, for editors and type checkers
+    from models.editing import inpaint
+    from models.flexvar import FlexVAR, FlexVARConfig
+    from models.head import sample_tokens
+    from models.pipeline import SARPipeline, open_pipeline
+    from models.released import build_vae_var
+    from models.sampling import Guidance, SamplingConfig, generate
+    from models.scales import DEFAULT_SCHEDULE, ScaleSchedule, draw_schedule, shift_up
+    from models.vqvae import VQVAE, VQVAEConfig
 
 NAMES = {
     "editing": ("inpaint",),

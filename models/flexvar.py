@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,7 @@ class FlexVARConfig:
     goes_with: ClassVar[dict[str, tuple[str, ...]]] = {}  # flag of train.py → the values that it goes with
 
     @classmethod
-    def from_flags(cls, flags: object, **sizes: float) -> FlexVARConfig:
+    def from_flags(cls, flags: object, **sizes: Any) -> FlexVARConfig:
         """The config that train.py's flags name; `sizes` are what tokenizer, data and common flags decide."""
         return cls(**sizes)
 
@@ -87,18 +87,19 @@ class FlexVARConfig:
 
 @dataclass
 class DecodingState:
-    """What a cached forward carries from scale to scale; it belongs to the caller, not to the module."""
+    """State of a cached forward, carried from scale to scale; it belongs to the caller, not to the module."""
 
     condition: Tensor  # (B, C)
     modulations: list[Tensor]  # (B, 1, 6, C) a block
     head_modulation: Tensor  # (B, 1, 2, C)
-    caches: list[CachedAttention]
+    caches: list[Any]  # of keys and values, one a block
 
 
 class FlexVAR(nn.Module):
     """The transformer. Nothing in it depends on a schedule: any sides the caller names will do."""
 
-    no_decay = ("pos_1LC", "pos_start", "scale_mul_1H11")  # parameters that weight decay leaves alone
+    config: FlexVARConfig
+    no_decay: tuple[str, ...] = ("pos_1LC", "pos_start", "scale_mul_1H11")  # parameters that weight decay leaves alone
     unmasks_first_scale = False  # True where sampling the first side takes several steps
 
     def __init__(self, config: FlexVARConfig | None = None):
@@ -119,7 +120,7 @@ class FlexVAR(nn.Module):
     def shard_units(self) -> list[nn.Module]:
         """The parts that fully sharded training gathers one at a time, inner ones first."""
         # A block's modulation is computed before the block runs.
-        return [part for block in self.blocks for part in (block.ada_lin, block)]
+        return [part for block in self.blocks for part in (block.get_submodule("ada_lin"), block)]
 
     @property
     def null_class(self) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from models.hybrid import HybridConfig
 GENERATORS: dict[str, type[FlexVARConfig]] = {"flexvar": FlexVARConfig, "hybrid": HybridConfig}
 
 
-def config_of(sizes: Mapping[str, object]) -> FlexVARConfig:
+def config_of(sizes: Mapping[str, Any]) -> FlexVARConfig:
     """The config whose `asdict` these sizes are, or the most specific one that they are arguments of."""
     for kind in GENERATORS.values():
         if set(sizes) <= {f.name for f in fields(kind)}:

@@ -33,12 +33,12 @@ class Sampler:
     keep_logits: bool = False
 
     def guided(self, unconditional: Tensor, weights: Tensor) -> Sampler:
-        """The same, with guidance by the unconditional class."""
+        """A copy with guidance by the unconditional class."""
         return replace(self, unconditional=unconditional, weights=weights)
 
 
 class Prediction(NamedTuple):
-    """What a parallel pass says of the tokens (B, L) that it was asked for. Only `loss` carries a gradient."""
+    """Result of a parallel pass at the tokens (B, L) that it was asked for. Only `loss` carries a gradient."""
 
     loss: Tensor  # mean over the tokens that count
     losses: Tensor  # (B, L)
@@ -77,7 +77,7 @@ class CategoricalHead(nn.Linear):
             mask: (B, L) tokens that count; None: all.
         """
         found = ChunkedLoss.apply(features, self.weight, self.bias, targets, sampler, mask, torch.is_grad_enabled())
-        return Prediction(*found, mask)
+        return Prediction(*found, mask)  # type: ignore[call-arg]
 
 
 def chunks(batch: int, length: int) -> list[tuple[int, int]]:

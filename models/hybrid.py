@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,7 @@ class HybridConfig(FlexVARConfig):
     }
 
     @classmethod
-    def from_flags(cls, flags: HybridFlags, **sizes: float) -> HybridConfig:
+    def from_flags(cls, flags: HybridFlags, **sizes: Any) -> HybridConfig:
         own = {"shared_positions": flags.hybrid_shared_positions, "cross_scale": flags.hybrid_cross_scale}
         return cls(**sizes, first_side=flags.first_side, **own)
 
@@ -91,6 +91,7 @@ class HybridConfig(FlexVARConfig):
 class HybridVAR(FlexVAR):
     """The transformer. Its schedules start at `first_side`."""
 
+    config: HybridConfig
     no_decay = (*FlexVAR.no_decay, "pos_first", "mask_token")
     unmasks_first_scale = True
 
@@ -202,7 +203,7 @@ class HybridVAR(FlexVAR):
             hidden = rank >= revealed
             weight = draw.guidance.half_ramp(j / draw.fill_steps)
             halves = self.first_logits(state, F.embedding(codes, codebook_VD), hidden, 2 if weight else 1)
-            logits = guide(*halves, weight) if weight else halves[0]
+            logits = guide(halves[0], halves[1], weight) if weight else halves[0]
             drawn = sample_tokens(logits, draw.top_k, draw.top_p, uniforms)
             codes, revealed = torch.where(hidden & (rank < upto), drawn, codes), upto
         return codes
@@ -240,7 +241,8 @@ class CachedHybridAttention:
 
     def __init__(self, cross_scale: bool):
         self.cross_scale = cross_scale
-        self.k = self.v = None
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         first = self.k is None

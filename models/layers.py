@@ -30,18 +30,18 @@ class ScaleCausalAttention:
         ends = schedule.offsets[1:]
         coarse = max(1, sum(end <= COARSE_TOKENS for end in ends))
         self.lengths = [ends[coarse - 1], *schedule.lengths[coarse:]]  # of the coarse group, then of each finer scale
-        self.mask = None  # (n, n) of the coarse group: True where a row may see a column
+        self.mask: Tensor | None = None  # (n, n) of the coarse group: True where a row may see a column
         if coarse > 1:
             position = torch.arange(self.lengths[0], device=device)
-            scale = sum((position >= end).int() for end in ends[: coarse - 1])
+            scale = torch.stack([position >= end for end in ends[: coarse - 1]]).sum(0)
             self.mask = scale[:, None] >= scale[None, :]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.split(self.lengths, dim=2) for x in (q, k, v))
-        out = [attend(q[0], k[0], v[0], self.mask)]
-        for i in range(1, len(q)):
+        qs, ks, vs = (x.split(self.lengths, dim=2) for x in (q, k, v))
+        out = [attend(qs[0], ks[0], vs[0], self.mask)]
+        for i in range(1, len(qs)):
             # A copy of the prefix, not a slice of the whole: the gradient of a slice is padded to full length.
-            out.append(attend(q[i], torch.cat(k[: i + 1], dim=2), torch.cat(v[: i + 1], dim=2)))
+            out.append(attend(qs[i], torch.cat(ks[: i + 1], dim=2), torch.cat(vs[: i + 1], dim=2)))
         return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
 
@@ -51,7 +51,8 @@ class CachedAttention:
     def __init__(self, capacity: int):
         self.capacity = capacity
         self.length = 0
-        self.k = self.v = None  # (B, H, capacity, d), allocated by the first scale
+        self.k: Tensor | None = None  # (B, H, capacity, d), allocated by the first scale
+        self.v: Tensor | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.k is None:
@@ -111,6 +112,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 class SelfAttention(nn.Module):
     """Multi-head attention with L2-normalised queries and keys and a learned temperature a head."""
 
+    zero_k_bias: Tensor
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -129,7 +132,7 @@ class SelfAttention(nn.Module):
         return (q * (temperature / length(q))).to(v.dtype), (k / length(k)).to(v.dtype), v
 
     def merge(self, out: Tensor) -> Tensor:
-        """What attention returns (B, H, L, d) → (B, L, C)."""
+        """Attention output (B, H, L, d) → (B, L, C)."""
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -196,8 +199,8 @@ class Block(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile all but attention, once for any number of tokens."""
-        self.before_attention = torch.compile(self.before_attention, dynamic=True)
-        self.after_attention = torch.compile(self.after_attention, dynamic=True)
+        self.before_attention = torch.compile(self.before_attention, dynamic=True)  # type: ignore[method-assign]
+        self.after_attention = torch.compile(self.after_attention, dynamic=True)  # type: ignore[method-assign]
 
     def keep_path(self, gate: Tensor) -> Tensor:
         """Stochastic depth: the branch of an image is dropped, or kept and scaled so that its mean stays."""

@@ -20,7 +20,7 @@ from torchvision.transforms.functional import to_pil_image, to_tensor
 from models.editing import inpaint, place_on_canvas
 from models.flexvar import FlexVAR
 from models.generators import config_of
-from models.sampling import TOP_K, TOP_P, Edit, Guidance, SamplingConfig, sample_codes
+from models.sampling import TOP_K, TOP_P, Edit, Guidance, Kind, SamplingConfig, sample_codes
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 from models.vqvae import VQVAE, VQVAEConfig, to_bytes
 from utils.runtime.entry import check_output_directory, entry
@@ -194,7 +194,7 @@ class SARPipeline(
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def describe(self) -> str:
-        """What was opened, in a line."""
+        """A line on what was opened."""
         config, sides = self.model.config, "_".join(map(str, self.schedule.sides))
         return (
             f"{type(self.model).__name__}-d{config.depth}, {config.num_classes} classes ({self.class_names[0]} …), "
@@ -217,13 +217,13 @@ class SARPipeline(
     def drawing(
         self,
         cfg: float = 2.5,
-        guidance: str = "ramp",
+        guidance: Kind = "ramp",
         top_k: int = TOP_K,
         top_p: float = TOP_P,
         fill_steps: int = 8,
         max_pn: int = 0,
     ) -> SamplingConfig:
-        """How this model is sampled. max_pn 0 is its own: 16 for released weights, no bound for others."""
+        """Settings this model is sampled with. max_pn 0 is its own: 16 for released weights, no bound for others."""
         return SamplingConfig(Guidance(guidance, cfg), top_k, top_p, max_pn or self.max_pn, fill_steps)
 
     def greedy_sides(self, draw: SamplingConfig) -> str:

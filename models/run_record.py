@@ -1,4 +1,4 @@
-"""What a training run says of itself: the scales, class names and tokenizer that its weights belong to."""
+"""The record of a training run: the scales, class names and tokenizer that its weights belong to."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RunRecord:
 
     @property
     def supervision(self) -> str:
-        """How its training made codes of images: see `VQVAE.tokenize`."""
+        """The way its training made codes of images: see `VQVAE.tokenize`."""
         return self.content["model"].get("supervision", "latent")
 
     @property
@@ -44,7 +44,7 @@ class RunRecord:
 
     @property
     def tokenizer(self) -> str:
-        """Where its tokenizer lies: beside the run as it did, where it was, or as it was typed; whichever is there."""
+        """Path of its tokenizer: beside the run as it did, where it was, or as it was typed; whichever is there."""
         described = self.content.get("tokenizer", {})
         typed = self.content["model"].get("vae_ckpt", "")
         places = [

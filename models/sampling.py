@@ -23,6 +23,7 @@ SAMPLED_SIDES = frozenset({1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32})
 
 TOP_K, TOP_P = 900, 0.95  # of the paper's evaluation and rollouts
 
+Kind = Literal["ramp", "half_ramp", "constant", "none"]
 Edit = Callable[[int, Tensor], Tensor]  # side, sampled codes (B, s²) → codes that go on
 
 
@@ -38,7 +39,7 @@ class Guidance:
     | none      | 0                                        |                                 |
     """
 
-    kind: Literal["ramp", "half_ramp", "constant", "none"] = "ramp"
+    kind: Kind = "ramp"
     scale: float = 0.0
 
     def __post_init__(self):
@@ -67,7 +68,7 @@ class Guidance:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are drawn.
+    """Settings of sampling.
 
     `max_pn` is the released models' rule: sides above it, and those that they were not tuned to sample at, are taken
     greedily, and those above it at the full guidance scale. With None every side is drawn alike.
@@ -145,7 +146,8 @@ def generate_scales(
 def one_scale(model: FlexVAR, state: DecodingState, inputs: Tensor | None, s: int, weight: float, batch: int) -> Tensor:
     """Guided logits (B, s², V) of the next scale."""
     if weight:
-        return guide(*model.decode_scale(state, inputs, s).chunk(2), weight)
+        conditional, unconditional = model.decode_scale(state, inputs, s).chunk(2)
+        return guide(conditional, unconditional, weight)
     return model.decode_scale(state, inputs, s, rows=batch)  # the unconditional half is remembered, not read
 
 

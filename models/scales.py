@@ -50,7 +50,7 @@ class ScaleSchedule:
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Where each scale starts, and one more: the total."""
+        """Start of each scale, and one more: the total."""
         return (0, *accumulate(self.lengths))
 
     @property

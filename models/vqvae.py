@@ -255,7 +255,7 @@ class VQVAE(nn.Module):
         return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts])
 
     def at_once(self, x: Tensor, pixels: int) -> int:
-        """How many images of x (B, …) to put through the network at a time: on a CPU, what its cache holds."""
+        """Number of images of x (B, …) to put through the network at a time: on a CPU, what its cache holds."""
         return len(x) if x.device.type != "cpu" else max(1, CACHED // (pixels * self.config.base_width))
 
 

@@ -98,7 +98,7 @@ def load_strictly(module: nn.Module, weights: StateDict, source: str | Path, ass
 
 
 def differs(own: Tensor, other: Tensor) -> bool:
-    """Whether a buffer has another value; one without values, of a model about to take the file's, has not."""
+    """True when a buffer has another value; one without values, of a model about to take the file's, has not."""
     return not own.is_meta and not torch.equal(own.cpu(), other.cpu())
 
 
@@ -130,7 +130,7 @@ def tokenizer_config(weights: StateDict, source: str | Path) -> VQVAEConfig:
 
 
 def count(weights: StateDict, pattern: str) -> int:
-    """How many of pattern.format(0), pattern.format(1), … there are."""
+    """Number of pattern.format(0), pattern.format(1), … there are."""
     n = 0
     while pattern.format(n) in weights:
         n += 1

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, format and tests; sets itself up on a bare machine. Arguments go to pytest: bash scripts/test.sh -k sampling
+# Lint, format, types and tests; sets itself up on a bare machine. Arguments go to pytest: bash scripts/test.sh -k sampling
 # bash scripts/test.sh --faults: all injected faults instead, a quarter of an hour (see docs/reliability.md).
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^[^#]/s/^# //p' "$0"; exit 0 ;; esac
@@ -7,6 +7,7 @@ bash "$(dirname "$(readlink -f "$0")")/setup.sh"
 source "$(dirname "$(readlink -f "$0")")/lib.sh"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy .
 # Two tests at a time, each on one thread: threads that wait for each other's cores are many times slower.
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 if [ "${1:-}" = --faults ]; then

@@ -54,6 +54,17 @@ def test_no_import_points_up(path):
     assert not above, f"{here} (layer {LAYER_OF[here]}) must not import {above}"
 
 
+def test_docstrings_start_with_a_noun_or_a_verb():
+    """A reader learns first what a thing is: not "What…", "Whether…", "How…"."""
+    riddles, found = ("What", "Whether", "Those that", "Where ", "How ", "Who ", "Which ", "The same"), []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                said = ast.get_docstring(node) or ""
+                found += [f"{path.name}: {said.splitlines()[0]}"] if said.startswith(riddles) else []
+    assert not found
+
+
 @pytest.mark.parametrize("face", sorted(FACES))
 def test_old_commands_say_their_new_names(face):
     module = face.removesuffix(".py").removesuffix("/__main__").replace("/", ".")

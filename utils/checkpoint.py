@@ -1,4 +1,4 @@
-"""Where `python -m utils.checkpoint` was: it is `python -m utils.runtime.checkpoint` now."""
+"""The old place of `python -m utils.checkpoint`, now `python -m utils.runtime.checkpoint`."""
 
 from utils.runtime.checkpoint import main
 from utils.runtime.entry import notice

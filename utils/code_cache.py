@@ -1,4 +1,4 @@
-"""Where `python -m utils.code_cache` was: it is `python -m utils.data.code_cache` now."""
+"""The old place of `python -m utils.code_cache`, now `python -m utils.data.code_cache`."""
 
 from utils.data.code_cache import main
 from utils.runtime.entry import notice

@@ -1,4 +1,4 @@
-"""Where `python -m utils.visualize` was: it is `python -m experiments.figures` now."""
+"""The old place of `python -m utils.visualize`, now `python -m experiments.figures`."""
 
 from experiments.figures import main
 from utils.runtime.entry import notice

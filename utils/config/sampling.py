@@ -58,7 +58,7 @@ class DrawConfig(Flags):
 
     @property
     def options(self) -> dict[str, Any]:
-        """How to draw, as a pipeline takes it."""
+        """Settings of sampling, as a pipeline takes them."""
         return {name: getattr(self, name) for name in ("cfg", "guidance", "top_k", "top_p", "max_pn", "fill_steps")}
 
     def check_model(self, unmasks_first_scale: bool) -> None:

@@ -1,4 +1,4 @@
-"""Where `python -m utils.data check DIR` was: it is `python -m utils.data.check DIR` now."""
+"""The old place of `python -m utils.data check DIR`, now `python -m utils.data.check DIR`."""
 
 import sys
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -245,7 +245,7 @@ def build(flags: CacheFlags, me: Ranks) -> Path:
     if size % vae.config.factor:
         raise ValueError(f"--image_size must be a multiple of {vae.config.factor}, got {size}")
     views = [v for v in open_splits(flags.data, size, config.seed, out) if v is not None]
-    settings = {
+    settings: dict[str, Any] = {
         "version": VERSION,
         "tokenizer_sha256": digest_of(vae),
         "supervision": config.supervision,

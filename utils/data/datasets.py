@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ Key = tuple[int, int]  # epoch, index
 
 @dataclass(frozen=True)
 class CodeBatch:
-    """What training sees of a batch: class ids (B,) and the codes of every side, {s: (B, s²)}."""
+    """A batch as training sees it: class ids (B,) and the codes of every side, {s: (B, s²)}."""
 
     labels: Tensor
     codes: dict[int, Tensor]
@@ -62,25 +63,36 @@ def encode_batch(
 # ------------------------------------------------------------------------------------------------- data sets
 
 
+class Examples(Protocol):
+    """A split to train on or to validate with: of images, or of cached codes, by (epoch, index)."""
+
+    classes: list[str]
+    record: dict[str, object]  # what a run on it cannot change: see `Loop.invariants`
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Key, /) -> Any: ...
+
+
 class ImageDataset(Dataset):
     """(epoch, index) → the image of that index as that epoch sees it, (3, size, size) in [-1, 1], and its label."""
 
     def __init__(
         self,
-        source: Sequence,
+        source: Any,  # a sequence of (PIL image, class id)
         classes: list[str],
         view: View,
         size: int,
         seed: int,
         training: bool,
         skip: SkipBad | None = None,
-        record: dict[str, object] | None = None,
+        record: Mapping[str, object] | None = None,
     ):
         """`record` names what a run on these images cannot change: see `Loop.invariants`."""
         self.source, self.classes = source, classes
         self.view, self.size = view, size
         self.seed, self.training = seed, training
-        self.skip, self.record = skip, record or {}
+        self.skip, self.record = skip, dict(record or {})
 
     def __len__(self) -> int:
         return len(self.source)
@@ -262,9 +274,7 @@ def loader_workers(wanted: int) -> int:
     return min(8, max(0, cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1) - 1))
 
 
-def make_loader(
-    dataset: Dataset, sampler: Sampler | Sequence[list[Key]], workers: int, device: torch.device
-) -> DataLoader:
+def make_loader(dataset: Any, sampler: Sampler | Sequence[list[Key]], workers: int, device: torch.device) -> DataLoader:
     """Batches (images or codes, labels) in the sampler's order. For `workers` see `loader_workers`."""
     workers = loader_workers(workers)
     return DataLoader(

@@ -70,4 +70,4 @@ def shift_and_rotate(image: Image.Image, size: int, rng: random.Random | None) -
         return image
     reach = size / 16
     shift = (rng.uniform(-reach, reach), rng.uniform(-reach, reach))
-    return image.rotate(rng.uniform(-10, 10), resample=Image.Resampling.BILINEAR, translate=shift)
+    return image.rotate(rng.uniform(-10, 10), resample=Image.Resampling.BILINEAR, translate=shift)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""How far a model strays when it is fed its own tokens: likelihoods of held-out codes after true and after own inputs.
+"""Exposure bias: likelihoods of held-out codes after true and after own inputs.
 
 Legend: N images, B of them at a time, L tokens of a schedule, s side of a scale.
 """
@@ -119,7 +119,8 @@ class ValidationSet:
         needed = model.uniforms_needed(self.schedule)
         for labels, truth in self.batches(self.tokens):
             seeds = range(seed + done, seed + done + len(labels))
-            uniforms, own = image_uniforms(seeds, needed, labels.device), {}
+            uniforms = image_uniforms(seeds, needed, labels.device)
+            own: dict[int, Tensor] = {}
             known = dict(zip(self.schedule.sides, self.schedule.split(truth), strict=True))
 
             def edit(s: int, codes: Tensor, own: dict = own, known: dict = known) -> Tensor:
@@ -136,7 +137,7 @@ class ValidationSet:
 
     @torch.no_grad()
     def pictures(self, tokens: Tensor) -> dict[int, Tensor]:
-        """What the tokens (N, L) of each scale decode to: {side: (N, 3, factor·s, factor·s)}."""
+        """Decoded tokens (N, L) of each scale: {side: (N, 3, factor·s, factor·s)}."""
         vae, device = self.pipeline.vae, self.pipeline.device
         parts = zip(self.schedule.sides, self.schedule.split(tokens.to(device)), strict=True)
         return {s: vae.decode(codes, s).cpu() for s, codes in parts}

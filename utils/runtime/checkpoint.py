@@ -31,7 +31,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run needs to go on, beside its weights."""
+    """State that a run needs to go on, beside its weights."""
 
     step: int
     optimizer: dict
@@ -96,13 +96,13 @@ def newest_checkpoint(directory: str | Path, *names: str) -> Path | None:
 
 
 def runs_below(directory: str | Path) -> str:
-    """What to say of a directory that is no run: the runs in its folders, if there are any."""
+    """Hint for a directory that is no run: the runs in its folders, if there are any."""
     found = {p.parent.parent for depth in ("*", "*/*") for p in Path(directory).glob(f"{depth}/checkpoints/step_*")}
     return f"; the runs below it are {', '.join(sorted(map(str, found)))}" if found else ""
 
 
 def last_invariants(directory: str | Path) -> dict:
-    """What the newest readable manifest of a run says of its data and model; empty when it has no checkpoint."""
+    """Invariants in the newest readable manifest of a run: of its data and model; empty when it has no checkpoint."""
     for path in reversed(checkpoints(directory)):
         try:
             return read_manifest(path).get("facts", {})

@@ -26,7 +26,7 @@ from utils.runtime.process import die_with_parent
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is."""
+    """This process among the others."""
 
     rank: int
     world: int
@@ -76,7 +76,7 @@ def data_parallel(module: nn.Module) -> DistributedDataParallel:
     name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
     # 1×1 convolutions report their gradients' strides differently from DDP's buckets; nothing is slower for it.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    return DistributedDataParallel(module, **{name: False})
+    return DistributedDataParallel(module, **{name: False})  # type: ignore[arg-type]
 
 
 def shard(model: nn.Module, units: Iterable[nn.Module], methods: Sequence[str] = ()) -> None:
@@ -119,7 +119,7 @@ def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def to_local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor."""
+    """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

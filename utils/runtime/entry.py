@@ -61,7 +61,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """What to print of a user's error."""
+    """Message of a user's error."""
     if is_out_of_memory(error):
         first = str(error).strip().partition("\n")[0]
         return f"{first} (a smaller --micro_batch or --batch, or --checkpoint_activations true, needs less)"
@@ -83,7 +83,7 @@ def notice(line: str) -> None:
 
 
 def make_output_safe() -> None:
-    """What a terminal's encoding has no sign for is printed as an escape: "×" as \\xd7, bytes of a name as \\udcff."""
+    """Prints signs that a terminal's encoding lacks as escapes: "×" as \\xd7, bytes of a name as \\udcff."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -83,7 +83,7 @@ def write_sealed(path: Path, content: dict) -> None:
 
 
 def as_json(content: dict) -> dict:
-    """What reading it back will give: lists for tuples."""
+    """Value that reading it back will give: lists for tuples."""
     return json.loads(json.dumps(content))
 
 
@@ -114,7 +114,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_sealed(path: Path) -> dict:
-    """What `write_sealed` wrote. Raises ValueError when it is anything else."""
+    """Content that `write_sealed` wrote. Raises ValueError when it is anything else."""
     found = read_json(path)
     content = {name: value for name, value in found.items() if name != "sha256"}
     if found != seal(content):
@@ -131,7 +131,7 @@ def read_array(path: Path, mmap: bool = False) -> np.ndarray:
 
 
 def read_tensors(path: Path, mmap: bool = False) -> dict:
-    """What a safetensors, `.pth` or `.pt` file holds, whatever its suffix, without executing anything in it.
+    """Content of a safetensors, `.pth` or `.pt` file, whatever its suffix, without executing anything in it.
 
     What the file claims to hold is checked against its size before memory is taken. Raises ValueError when it is
     damaged, or not a file of plain tensors, and says what it is instead.
@@ -234,7 +234,7 @@ def check_archive(path: Path) -> None:
 
 
 def plain(tensor: Tensor) -> bool:
-    """Whether a tensor holds all of its numbers."""
+    """True when a tensor holds all of its numbers."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

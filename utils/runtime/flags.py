@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import MISSING, Field, dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import simple_parsing
 
@@ -46,7 +46,7 @@ def default_of(f: Field) -> Any:
     return f.default_factory() if f.default_factory is not MISSING else f.default
 
 
-def changed(group: object, names: Sequence[str] | None = None) -> list[str]:
+def changed(group: Any, names: Sequence[str] | None = None) -> list[str]:
     """Names of the fields (of these, or all) that differ from their default."""
     defaults = {f.name: default_of(f) for f in fields(group)}
     return [name for name in (defaults if names is None else names) if getattr(group, name) != defaults[name]]
@@ -60,7 +60,7 @@ def only_with(group: object, condition: bool, reason: str, names: Sequence[str])
 
 
 def without(group: object, condition: bool, reason: str, names: Sequence[str]) -> None:
-    """The same, said of what the flags do not go together with."""
+    """Raises ValueError for fields that differ from their default, beside what makes them useless."""
     given = changed(group, names) if condition else []
     if given:
         raise ValueError(f"--{given[0]} has no effect with {reason}: leave one of them out")
@@ -132,7 +132,7 @@ SYNONYMS = {
 
 
 def instead_of(flag: str, known: Sequence[str]) -> str:
-    """What to say of an unknown flag beside that: what to use, or the nearest of the known ones."""
+    """Hint for an unknown flag: what to use, or the nearest of the known ones."""
     if flag in RETIRED:
         return f": {RETIRED[flag]}"
     ours = [name for name in SYNONYMS.get(flag, ()) if name in known][:1]
@@ -181,7 +181,7 @@ def number(kind: type[int] | type[float], least: float) -> Callable[[str], float
     return convert
 
 
-def whole(least: int = 0) -> Callable[[str], int]:
+def whole(least: int = 0) -> Callable[[str], float]:
     """See `number`."""
     return number(int, least)
 
@@ -209,7 +209,7 @@ class Parser(simple_parsing.ArgumentParser):
         self.words = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace, **options)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         flags = [word.partition("=")[0] for word in self.words if word.startswith("--") and word != "--"]
         unknown = [flag for flag in dict.fromkeys(flags) if flag not in self._option_string_actions]
         if unknown:  # before anything that may follow from it
@@ -223,7 +223,7 @@ def parse(
 ) -> Config:
     """Flags → config. Exits with status 2 and names the flag when something is wrong."""
     parser = Parser(description, prog)
-    parser.add_arguments(config_class, dest="config")
+    parser.add_arguments(config_class, dest="config")  # type: ignore[type-var]
     try:
         words = translate(sys.argv[1:] if argv is None else argv)
         if argv is None:

@@ -74,7 +74,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def problem(path: str) -> str:
-    """What is wrong with an image file; empty when nothing is."""
+    """A line on what is wrong with an image file; empty when nothing is."""
     try:
         read_image(path)
     except BadImage as error:
@@ -177,7 +177,7 @@ class ClassFolders:
 
 
 def flat_hint(folder: str | Path, place: Path) -> str:
-    """What to say of a folder without class folders: images that lie in it make one class, in `place`."""
+    """Hint for a folder without class folders: images that lie in it make one class, in `place`."""
     folder = Path(folder)
     flat = folder.is_dir() and any(
         suffix_of(found.name) in IMG_EXTENSIONS for found in os.scandir(folder) if found.is_file()

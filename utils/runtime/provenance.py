@@ -1,4 +1,4 @@
-"""What a run or an evaluation was computed with: versions, device, commit, command."""
+"""Provenance of a run or an evaluation: versions, device, commit, command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.runtime.distributed import Ranks
 
 
 def versions(me: Ranks) -> dict[str, str]:
-    """What a run or an evaluation was computed with."""
+    """Versions and device of a run or an evaluation."""
     device = torch.cuda.get_device_name(me.device) if me.device.type == "cuda" else platform.processor() or "cpu"
     return {
         "python": platform.python_version(),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def histogram(codes: Tensor, rows: int) -> Tensor:
-    """How often each row was chosen (V,) int64. Nothing waits for the device, unlike with torch.bincount."""
+    """Counts of how often each row was chosen (V,) int64. Nothing waits for the device, unlike with torch.bincount."""
     flat = codes.flatten()
     return torch.zeros(rows, dtype=torch.long, device=codes.device).scatter_add_(0, flat, torch.ones_like(flat))
 
@@ -30,6 +30,8 @@ def perplexity(counts: Tensor) -> Tensor:
 
 class CodebookUse(nn.Module):
     """Counts of a window of steps, over all ranks. They are part of a run's checkpoints."""
+
+    counts: Tensor  # (S, V)
 
     def __init__(self, sides: Sequence[int], rows: int):
         super().__init__()

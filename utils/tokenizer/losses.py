@@ -1,4 +1,4 @@
-"""What the tokenizer's training minimises.
+"""The loss of the tokenizer's training.
 
 Legend: B batch, N vectors, s side of a scale, V codebook rows, D codebook width.
 """
@@ -49,7 +49,8 @@ class MultiScaleLoss(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] and sides, the finest last."""
         vae, config = self.vae, self.config
         latent = vae.encode(images)
-        real, made, codes, vectors, terms = [], [], [], [], {"codebook": [], "commitment": [], "entropy": []}
+        real, made, codes, vectors = [], [], [], []
+        terms: dict[str, list[Tensor]] = {"codebook": [], "commitment": [], "entropy": []}
         for s in sides:
             z = vae.resize(latent, s)  # (B, s², D)
             chosen = vae.quantize.nearest(z)
@@ -96,8 +97,8 @@ class MultiScaleLoss(nn.Module):
         """
         adversarial = torch.stack([-judge(image).mean() for image in large_enough(made, judge)]).mean()
         pulls = torch.autograd.grad(reconstruction, made)
-        pushes = torch.autograd.grad(adversarial, made, allow_unused=True)
-        pushes = [torch.zeros_like(image) if g is None else g for g, image in zip(pushes, made, strict=True)]
+        found = torch.autograd.grad(adversarial, made, allow_unused=True)
+        pushes = [torch.zeros_like(image) if g is None else g for g, image in zip(found, made, strict=True)]
         weight = torch.full_like(adversarial, self.config.disc_weight)
         if self.config.disc_adaptive:
             last = self.vae.decoder.conv_out.weight
@@ -120,7 +121,8 @@ class Opponent(nn.Module):
 
     def forward(self, real: list[Tensor], made: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Images and their reconstructions, without gradient, at each resolution → the hinge loss, and mean logits."""
-        losses, sure = [], {"logits_real": [], "logits_made": []}
+        losses: list[Tensor] = []
+        sure: dict[str, list[Tensor]] = {"logits_real": [], "logits_made": []}
         pairs = [large_enough(images, self.discriminator) for images in (real, made)]
         for a, b in zip(*pairs, strict=True):
             logits = self.discriminator(torch.cat([a, b.to(a.dtype)])).chunk(2)

@@ -1,4 +1,4 @@
-"""What is trained: models, one optimiser step of them, and all of it to and from disk."""
+"""Models that are trained, one optimiser step of them, and all of it to and from disk."""
 
 from __future__ import annotations
 
@@ -85,11 +85,11 @@ class Learner(ABC):
         yields, and class ids (B,)."""
 
     def on_step_end(self, skip: Tensor) -> None:  # noqa: B027
-        """What else happens at the end of a step. `skip` is 1.0 where a loss or gradient was not finite, so that no
+        """Hook at the end of a step. `skip` is 1.0 where a loss or gradient was not finite, so that no
         weight changed (in fp16, where gradients may overflow: where a loss was not)."""
 
     def invariants(self) -> dict[str, object]:
-        """What, beside its flags, a run depends on and cannot change."""
+        """Facts, beside its flags, that a run depends on and cannot change."""
         return {}
 
     # ----------------------------------------------------------------------------------------- one step
@@ -127,7 +127,7 @@ class Learner(ABC):
         stack = ExitStack()
         for network in self.networks:
             if stay and hasattr(network, "no_sync"):
-                stack.enter_context(network.no_sync())
+                stack.enter_context(network.no_sync())  # type: ignore[operator]
         return stack
 
     # ---------------------------------------------------------------------------------- saving, resuming
@@ -209,5 +209,5 @@ class Learner(ABC):
 
     @property
     def sharded(self) -> bool:
-        """Whether each rank holds a share of the model: then all ranks must run whatever runs it."""
+        """True when each rank holds a share of the model: then all ranks must run whatever runs it."""
         return False

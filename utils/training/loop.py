@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from models.sampling import evaluating
-from utils.data.datasets import ImageDataset, StepSampler, batches_of, linspace_indices, make_loader
+from utils.data.datasets import Examples, StepSampler, batches_of, linspace_indices, make_loader
 from utils.reporting.pictures import save_picture
 from utils.runtime.distributed import Ranks, check_launch, ranks
 from utils.runtime.files import remove_stale, write_json
@@ -27,7 +28,7 @@ from utils.training.learner import Config, Learner, Metrics
 from utils.training.log import METRICS, Progress, Silent, check_tracking, has_metric, make_logger
 
 
-def start(config: Config, build: Callable[[Config, Ranks], Loop], check: Callable[[Config], None]) -> None:
+def start(config: Config, build: Callable[[Any, Ranks], Loop], check: Callable[[Any], None]) -> None:
     """A training run from its config to its end, alone or as one of torchrun's ranks; with --check, only the check.
 
     SIGTERM, SIGUSR1 and Ctrl-C save, and end with 128 + the signal; a second Ctrl-C ends at once.
@@ -45,14 +46,14 @@ def start(config: Config, build: Callable[[Config, Ranks], Loop], check: Callabl
 
 
 class Loop(Learner):
-    """What every training run shares: the order of its data, and when to log, judge, draw, save and stop."""
+    """Shared by every training run: the order of its data, and when to log, judge, draw, save and stop."""
 
     def __init__(
         self,
         config: Config,
         model: nn.Module,
-        train_set: ImageDataset,
-        val_set: ImageDataset | None,
+        train_set: Examples,
+        val_set: Examples | None,
         ranks: Ranks,
         forward: nn.Module | None = None,
         auxiliary: dict[str, nn.Module] | None = None,
@@ -74,7 +75,7 @@ class Loop(Learner):
 
     @abstractmethod
     def validation_losses(self, images: Tensor, labels: Tensor) -> Metrics:
-        """What to report of one held-out batch, "loss" among it, each a mean over its images; what is no single number
+        """Validation metrics of one batch, "loss" among it, each a mean over its images; what is no single number
         is for `conclude`."""
 
     def conclude(self, means: Metrics) -> Metrics:
@@ -83,11 +84,11 @@ class Loop(Learner):
 
     @abstractmethod
     def picture(self) -> Tensor:
-        """Where the run stands, at a glance (3, H, W) in [0, 1]."""
+        """Picture of where the run stands (3, H, W) in [0, 1]."""
 
     @abstractmethod
     def describe(self) -> str:
-        """What is being trained, in a line."""
+        """A line on what is being trained."""
 
     # ------------------------------------------------------------------------------------------ the loop
 
@@ -141,7 +142,7 @@ class Loop(Learner):
         progress.show({name: values[name] for name in ("loss", "images_per_second", "lr")})
 
     def due_reports(self) -> tuple[bool, bool]:
-        """Whether the step just done ends with a held-out loss, and with a picture."""
+        """Flags: the step just done ends with a held-out loss, and with a picture."""
         watch = self.config.watch
         return (
             self.due(watch.eval_every) and self.validation_images > 0,
@@ -149,11 +150,11 @@ class Loop(Learner):
         )
 
     def owed_reports(self) -> tuple[bool, bool]:
-        """The same of the step that the run goes on from, which may have died between its save and them."""
+        """`due_reports` of the step that the run goes on from, which may have died between its save and them."""
         loss, picture = self.due_reports() if self.step and self.ranks.first else (False, False)
         loss = loss and not has_metric(self.directory / METRICS, self.step, "val/loss")
-        loss, picture = self.ranks.all_reduce_max([loss, picture and not self.picture_path.is_file()])
-        return bool(loss), bool(picture)
+        owed = self.ranks.all_reduce_max([loss, picture and not self.picture_path.is_file()])
+        return bool(owed[0]), bool(owed[1])
 
     @property
     def picture_path(self) -> Path:
@@ -187,11 +188,11 @@ class Loop(Learner):
         return make_loader(self.train_set, sampler, self.config.data.workers, self.ranks.device)
 
     def due(self, every: float) -> bool:
-        """Whether the step just done ends a stretch of `every` steps, or the run (0: only that)."""
+        """True when the step just done ends a stretch of `every` steps, or the run (0: only that)."""
         return self.step == self.stop_step or self.ends(every)
 
     def ends(self, every: float) -> bool:
-        """Whether the step just done ends a stretch of `every` steps."""
+        """True when the step just done ends a stretch of `every` steps."""
         return every > 0 and int(self.step / every) > int((self.step - 1) / every)
 
     @torch.no_grad()
@@ -228,7 +229,7 @@ class Loop(Learner):
         return {"images": len(self.train_set), "class_names_sha256": names, **self.train_set.record}
 
     def config_record(self) -> dict[str, object]:
-        """What DIRECTORY/config.json says."""
+        """Content of DIRECTORY/config.json."""
         return asdict(self.config)
 
     def record(self) -> None:
@@ -247,7 +248,7 @@ class Loop(Learner):
         return self.due(self.config.run.save_every_steps or self.epoch_steps) or self.keep_due()
 
     def keep_due(self) -> bool:
-        """Whether the checkpoint of this step stays for good (--keep_every_epochs)."""
+        """True when the checkpoint of this step stays for good (--keep_every_epochs)."""
         return self.ends(self.config.run.keep_every_epochs * self.epoch_steps)
 
     def save(self) -> None:

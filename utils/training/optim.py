@@ -18,7 +18,8 @@ HOLD = 0.05  # of the run at the peak before the learning rate falls
 def make_optimizer(models: Iterable[nn.Module], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW (0.9, 0.95) with weight decay on matrices only: not on 1-D parameters, nor on those in a model's `no_decay`
     (positions, temperatures)."""
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for model in models:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -70,7 +71,7 @@ def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
 def apply_gradients(optimizer: torch.optim.Optimizer, precision: Precision, skip: torch.Tensor) -> None:
     """One optimiser step, unless `skip` is 1.0: decided on the device, as a gradient scaler does it."""
     if not precision.scaler.is_enabled():  # an enabled one finds out itself, from the gradients
-        optimizer.found_inf = skip
+        optimizer.found_inf = skip  # type: ignore[attr-defined]
     precision.scaler.step(optimizer)
     precision.scaler.update()
     optimizer.zero_grad(set_to_none=True)

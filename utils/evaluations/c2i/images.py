@@ -1,4 +1,4 @@
-"""Where images come from: sample files, folders, the generator. Each is a sequence of uint8 batches by index."""
+"""Sources of images: sample files, folders, the generator. Each is a sequence of uint8 batches by index."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def npz_array(path: Path, name: str) -> np.ndarray | None:
             order = "F" if fortran else "C"
             if not shape:
                 return np.fromfile(file, dtype, count=1).reshape(())
-            return np.memmap(path, dtype, mode="r", offset=file.tell(), shape=shape, order=order)
+            return np.memmap(path, dtype, "r", file.tell(), shape, order)  # type: ignore[call-overload]
     except Exception as error:  # whatever a reader raises is this file's fault
         raise ValueError(f"cannot read {path} as an npz file: {error}") from None
 

@@ -26,10 +26,10 @@ class Statistics:
     @classmethod
     def of(cls, features: Tensor | Iterable[Tensor]) -> Statistics:
         """Of features (N, D), or of a stream of them, (n, D) at a time."""
-        count, total, squares = 0, 0, 0
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for part in [features] if isinstance(features, Tensor) else features:
             part = part.double()
-            count, total, squares = count + len(part), total + part.sum(0), squares + part.T @ part
+            count, total, squares = count + len(part), part.sum(0) + total, part.T @ part + squares
         if count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {count}")
         mean = total / count

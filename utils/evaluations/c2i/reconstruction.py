@@ -1,4 +1,4 @@
-"""What a tokenizer loses: its reconstructions of real images at every side.
+"""Reconstruction metrics of a tokenizer: its reconstructions of real images at every side.
 
 Legend: N images, S sides, V codebook rows, s side of a scale.
 """

@@ -51,7 +51,7 @@ def save_reference(reference: Reference, features: str, path: Path) -> None:
         "features": np.array(features),
     }
     with replacing(path) as partial, partial.open("wb") as file:  # given a name, NumPy would append .npz to it
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def saved_statistics(path: Path) -> tuple[Statistics, Statistics] | None:

@@ -38,7 +38,7 @@ def score(
         values["spatial"] = frechet_distance(Statistics.of(store.read("spatial")), reference.spatial)
         both = pool.to(device), reference.features.to(device)
         values["precision"], values["recall"] = precision_recall(*both, fp16=config.pr_fp16)
-    named = {**name_all(values, extractor.name), "samples": len(pool)}
+    named: dict[str, float | str] = {**name_all(values, extractor.name), "samples": len(pool)}
     if reference is not None and len(pool) < pool.shape[1]:
         named["warning"] = (
             f"{len(pool)} samples are fewer than the {pool.shape[1]} dimensions of the features: the distances are far "
