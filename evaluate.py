@@ -71,9 +71,9 @@ class Generated:
         vae, model, schedule = self.pipeline.vae, self.pipeline.model, self.pipeline.schedule
         labels = self.labels[indices.start : indices.stop]
         with self.precision.autocast():
-            codes = sample_codes(model, vae.codebook, labels, schedule, self.draw, seeds, until=self.side)
+            codes = sample_codes(model, vae.pathway, labels, schedule, self.draw, seeds, until=self.side)
         with exact_convolutions():  # outside of autocast: pictures are compared with real ones
-            return to_bytes(vae.decode(codes[self.side], self.side))
+            return to_bytes(vae.decode_at(codes, self.side))
 
 
 def save_images(config: EvalConfig, directory: Path) -> Callable[[range, Tensor], None] | None:

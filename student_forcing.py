@@ -50,7 +50,7 @@ class StudentForcing(Trainer):
         draw = SamplingConfig(rollout_guidance(sar), top_k, sar.sf_top_p)
         with evaluating(self.model), self.precision.autocast(cache=False):
             scales = generate_scales(
-                self.model, self.codebook, batch.labels, schedule, draw, uniforms,
+                self.model, self.pathway, batch.labels, schedule, draw, uniforms,
                 edit=lambda s, codes: codes if mine[s] else batch.codes[s],
             )  # fmt: skip
             for i in range(last + 1):  # finer scales feed nothing: they are not drawn

@@ -55,7 +55,7 @@ class Trainer(Loop):
             for block in model.blocks:
                 block.compile_parts()
         self.vae = vae.to(ranks.device)
-        self.codebook = self.vae.codebook  # (V, D), frozen
+        self.pathway = self.vae.pathway  # frozen
         self.encode = encode or partial(encode_batch, self.vae, supervision=config.model.supervision)
 
     def wrap_distributed(self) -> None:
@@ -113,7 +113,7 @@ class Trainer(Loop):
 
     def inputs(self, tokens: Tensor, schedule: ScaleSchedule) -> Inputs:
         """Tokens of all scales (B, L), true or sampled, shifted up one scale: what a pass is fed with (Eq. 2 and 6)."""
-        return self.model.inputs(tokens, self.codebook, schedule)
+        return self.model.inputs(tokens, self.pathway, schedule)
 
     def predict(
         self,

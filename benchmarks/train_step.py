@@ -24,7 +24,6 @@ from benchmarks.common import ENCODE_FLOPS, Clock, Ruler, forward_flops, peak_me
 from models import VQVAE, ScaleSchedule
 from models.head import Samples, guide, sample_tokens
 from models.pipeline import to_pil
-from models.scales import shift_all
 from models.weights import save_weights
 from sar_trainer import SARTrainer, rollout_guidance
 from train import TRAINERS, build
@@ -44,7 +43,7 @@ class PlainSAR(SARTrainer):
 
     def compute_loss(self, batch: CodeBatch, schedule: ScaleSchedule) -> tuple[Tensor, dict[str, Tensor]]:
         sar, truth, n = self.config.sar, batch.tokens(schedule), len(batch.labels)
-        inputs = shift_all(truth, self.codebook, schedule)
+        inputs = self.pathway.inputs(truth, schedule)
         labels = torch.cat([batch.labels, torch.full_like(batch.labels, self.model.null_class)])
         logits = self.network(labels, inputs.repeat(2, 1, 1), schedule).float()
         loss = F.cross_entropy(logits[:n].flatten(0, 1), truth.flatten())
@@ -54,7 +53,7 @@ class PlainSAR(SARTrainer):
         rollout = sample_tokens(
             guided.detach(), sar.sf_top_k, sar.sf_top_p, torch.rand(truth.shape, device=truth.device)
         )
-        second = self.network(batch.labels, shift_all(rollout, self.codebook, schedule), schedule).float()
+        second = self.network(batch.labels, self.pathway.inputs(rollout, schedule), schedule).float()
         loss = loss + sar.csf_weight * F.cross_entropy(second[:, 1:].flatten(0, 1), rollout[:, 1:].flatten())
         return loss, {"loss": loss.detach()}
 

@@ -50,7 +50,7 @@ def scores(run: Path, vae: VQVAE, judges: dict[int, Judge]) -> dict[str, float]:
     schedule = model.trim(ScaleSchedule.parse(SIDES))
     labels = torch.arange(10).repeat_interleave(PER_CLASS)
     seeds = [derive_seed("study", i) for i in range(len(labels))]
-    codes = sample_codes(model, vae.codebook, labels, schedule, SamplingConfig(), seeds)
+    codes = sample_codes(model, vae.pathway, labels, schedule, SamplingConfig(), seeds)
     found: dict[str, float] = {}
     for names, side in (("first_accuracy", "first_distance"), HYBRID_SIDE), (("class_accuracy", "frechet_distance"), 8):
         with torch.no_grad():

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.head import CategoricalHead, Prediction, Sampler
 from models.layers import Attend, Block, CachedAttention, HeadNorm, ScaleCausalAttention
-from models.scales import ScaleSchedule, shift_all
+from models.scales import ScaleSchedule, UpsamplingPathway
 
 POSITION_SIDE = 32  # side of the learned position map, resized to each scale
 
@@ -159,9 +159,9 @@ class FlexVAR(nn.Module):
             block.ada_lin[1].weight[: 2 * width].mul_(config.alng)
             block.ada_lin[1].weight[2 * width :].mul_(config.aln)
 
-    def inputs(self, tokens: Tensor, codebook_VD: Tensor, schedule: ScaleSchedule) -> Tensor:
-        """Tokens of all scales (B, L), true or sampled → inputs of a parallel pass (Eq. 2 and 6): see `shift_all`."""
-        return shift_all(tokens, codebook_VD, schedule)
+    def inputs(self, tokens: Tensor, pathway: UpsamplingPathway, schedule: ScaleSchedule) -> Any:
+        """Tokens of all scales (B, L), true or sampled → inputs of a parallel pass (Eq. 2 and 6): see the pathway."""
+        return pathway.inputs(tokens, schedule)
 
     def trim(self, schedule: ScaleSchedule) -> ScaleSchedule:
         """The part of a schedule that this model knows: all of it."""

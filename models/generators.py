@@ -3,11 +3,14 @@
 A generator is one file: its config (`FlexVARConfig`, or a subclass) with its flags and their rules, the recognition of
 its weight files, and `build()`, which makes the model. The model answers
 
-- `inputs(tokens, codebook, schedule)`: the pathway. Tokens of all scales → the inputs of a parallel pass;
+- `inputs(tokens, pathway, schedule)`: tokens of all scales → the inputs of a parallel pass;
 - `forward(labels, inputs, schedule, targets, first, sampler, …)`: a parallel pass, and its loss and samples;
 - `init_cache`, `decode_scale`: the same scale by scale, with a cache; `trim(schedule)`: the scales that it knows;
 - `unmasks_first_scale`, `unmask_first_scale`: where sampling the first side takes several steps;
 - `no_decay`: names of the parameters that weight decay leaves alone.
+
+Its tokenizer answers `tokenize` (images → codes of every side), `pathway` (what tokens feed the next scale: `inputs`,
+`canvas`; `models/scales.py`) and `decode_at` (codes → the picture of a side); its head, `predict` (`models/head.py`).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from models.flexvar import DecodingState, FlexVAR, FlexVARConfig
 from models.head import Prediction, Sampler, guide, sample_tokens
 from models.layers import attend
 from models.sampling import SamplingConfig
-from models.scales import ScaleSchedule, shift_all
+from models.scales import ScaleSchedule, UpsamplingPathway
 
 SHARE_MEAN, SHARE_DEVIATION, SHARE_LEAST = 1.0, 0.25, 0.7  # of the hidden positions: a normal cut to [least, 1]
 
@@ -112,22 +112,22 @@ class HybridVAR(FlexVAR):
 
     # ------------------------------------------------------------------------------------------ training
 
-    def inputs(self, tokens: Tensor, codebook_VD: Tensor, schedule: ScaleSchedule) -> MaskedInputs:
+    def inputs(self, tokens: Tensor, pathway: UpsamplingPathway, schedule: ScaleSchedule) -> MaskedInputs:
         """Tokens (B, L) → inputs of the finer sides, and the first side's codes with some positions hidden.
 
         In training the share that is hidden is drawn anew, the same for all images; in evaluation all are. Which
         positions those are differs from image to image.
         """
         share = draw_share() if self.training else 1.0
-        return self.mask(tokens, codebook_VD, schedule, share)
+        return self.mask(tokens, pathway, schedule, share)
 
-    def mask(self, tokens: Tensor, codebook_VD: Tensor, schedule: ScaleSchedule, share: float) -> MaskedInputs:
+    def mask(self, tokens: Tensor, pathway: UpsamplingPathway, schedule: ScaleSchedule, share: float) -> MaskedInputs:
         """`inputs` with a share of the first side's positions, rounded up, hidden."""
         n, m = schedule.lengths[0], math.ceil(share * schedule.lengths[0])
         positions = torch.rand(len(tokens), n, device=tokens.device).argsort(1)[:, :m]  # (B, m)
         hidden = torch.zeros(len(tokens), n, dtype=torch.bool, device=tokens.device).scatter_(1, positions, True)
-        codes = F.embedding(tokens[:, :n], codebook_VD)
-        return MaskedInputs(shift_all(tokens, codebook_VD, schedule), codes, hidden)
+        codes = pathway.embed(tokens[:, :n])
+        return MaskedInputs(pathway.inputs(tokens, schedule), codes, hidden)
 
     def forward(
         self,
@@ -182,7 +182,7 @@ class HybridVAR(FlexVAR):
         return schedule.total + schedule.lengths[0]
 
     def unmask_first_scale(
-        self, state: DecodingState, codebook_VD: Tensor, draw: SamplingConfig, uniforms: Tensor, order: Tensor
+        self, state: DecodingState, pathway: UpsamplingPathway, draw: SamplingConfig, uniforms: Tensor, order: Tensor
     ) -> Tensor:
         """Codes of the first side (B, n), revealed in `draw.fill_steps` steps, in each image's own random order.
 
@@ -202,7 +202,7 @@ class HybridVAR(FlexVAR):
                 continue
             hidden = rank >= revealed
             weight = draw.guidance.half_ramp(j / draw.fill_steps)
-            halves = self.first_logits(state, F.embedding(codes, codebook_VD), hidden, 2 if weight else 1)
+            halves = self.first_logits(state, pathway.embed(codes), hidden, 2 if weight else 1)
             logits = guide(halves[0], halves[1], weight) if weight else halves[0]
             drawn = sample_tokens(logits, draw.top_k, draw.top_p, uniforms)
             codes, revealed = torch.where(hidden & (rank < upto), drawn, codes), upto

@@ -257,18 +257,19 @@ class SARPipeline(
         labels = self.labels(classes, n)
         seeds = range(seed, seed + len(labels))
         schedule = schedule or self.schedule
-        return sample_codes(self.model, self.vae.codebook, labels, schedule, self.drawing(**options), seeds, edit)
+        return sample_codes(self.model, self.vae.pathway, labels, schedule, self.drawing(**options), seeds, edit)
 
     @torch.no_grad()
     def __call__(self, classes: Classes, **options) -> list[Image.Image]:
         """Images of the classes; the options are those of `codes`."""
-        side, codes = list(self.codes(classes, **options).items())[-1]
-        return to_pil(self.vae.decode(codes, side))
+        codes = self.codes(classes, **options)
+        return to_pil(self.vae.decode_at(codes, max(codes)))
 
     @torch.no_grad()
     def steps(self, classes: Classes, **options) -> dict[int, list[Image.Image]]:
         """The images as they stand after each scale, at its own resolution; the options are those of `codes`."""
-        return {s: to_pil(self.vae.decode(codes, s)) for s, codes in self.codes(classes, **options).items()}
+        codes = self.codes(classes, **options)
+        return {s: to_pil(self.vae.decode_at(codes, s)) for s in codes}
 
     def inpaint(
         self, image: Image.Image, mask: Image.Image, classes: Classes, n: int = 1, seed: int = 0, **options

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.flexvar import DecodingState, FlexVAR, check_labels
 from models.head import guide, sample_tokens
-from models.scales import ScaleSchedule, shift_up
+from models.scales import ScaleSchedule, UpsamplingPathway
 from models.vqvae import VQVAE
 
 # Sides that released models were tuned to sample at; any other is taken greedily.
@@ -106,30 +106,30 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 def generate_scales(
     model: FlexVAR,
-    codebook_VD: Tensor,
+    pathway: UpsamplingPathway,
     labels: Tensor,
     schedule: ScaleSchedule,
     draw: SamplingConfig,
     uniforms: Tensor,
     edit: Edit | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Sample scale by scale: cached forward → guidance → top-k/top-p → codes → shift up.
+    """Sample scale by scale: cached forward → guidance → top-k/top-p → codes → canvas.
 
     Yields (side, codes (B, s²)) coarse to fine. `edit` may replace the codes of a scale before they are yielded and
-    shifted up. The caller sees to evaluation mode and to `no_grad`, and supplies uniform numbers: (B, L), or as many as
-    the model's `uniforms_needed` says.
+    put on the canvas. The caller sees to evaluation mode and to `no_grad`, and supplies uniform numbers: (B, L), or as
+    many as the model's `uniforms_needed` says.
     """
     sides = schedule.sides
     weights = draw.guidance.weights(sides, draw.max_pn)
     guided = any(weights) or (model.unmasks_first_scale and draw.guidance.half_ramp(1.0) > 0)
     if guided:  # conditional half, then unconditional half
         labels = torch.cat([labels, torch.full_like(labels, model.null_class)])
-    state = model.init_cache(labels, schedule.total)
+    state, canvas = model.init_cache(labels, schedule.total), pathway.canvas(schedule)
     inputs = None
     for i, s in enumerate(sides):
         if i == 0 and model.unmasks_first_scale:
             order = uniforms[:, schedule.total :]
-            codes = model.unmask_first_scale(state, codebook_VD, draw, uniforms[:, schedule.span(0)], order)
+            codes = model.unmask_first_scale(state, pathway, draw, uniforms[:, schedule.span(0)], order)
         else:
             logits = one_scale(model, state, inputs, s, weights[i], len(uniforms))
             top_k = 1 if draw.greedy(s) else draw.top_k
@@ -137,10 +137,9 @@ def generate_scales(
         if edit is not None:
             codes = edit(s, codes)
         yield s, codes
-        if i + 1 < len(sides):
-            inputs = shift_up(codes, codebook_VD, s, sides[i + 1])  # (B, s'², D)
-            if guided:
-                inputs = inputs.repeat(2, 1, 1)
+        inputs = canvas.add(i, codes)  # (B, s'², D)
+        if guided and inputs is not None:
+            inputs = inputs.repeat(2, 1, 1)
 
 
 def one_scale(model: FlexVAR, state: DecodingState, inputs: Tensor | None, s: int, weight: float, batch: int) -> Tensor:
@@ -154,7 +153,7 @@ def one_scale(model: FlexVAR, state: DecodingState, inputs: Tensor | None, s: in
 @torch.no_grad()
 def sample_codes(
     model: FlexVAR,
-    codebook_VD: Tensor,
+    pathway: UpsamplingPathway,
     labels: Tensor,
     schedule: ScaleSchedule,
     draw: SamplingConfig,
@@ -170,7 +169,7 @@ def sample_codes(
     uniforms = image_uniforms(seeds, model.uniforms_needed(schedule), device)
     codes: dict[int, Tensor] = {}
     with evaluating(model):
-        for s, codes[s] in generate_scales(model, codebook_VD, labels.to(device), schedule, draw, uniforms, edit):
+        for s, codes[s] in generate_scales(model, pathway, labels.to(device), schedule, draw, uniforms, edit):
             if s == until:
                 break
     return codes
@@ -197,6 +196,6 @@ def generate(
 
     Returns: (B, 3, factor·s_N, factor·s_N), in [-1, 1] but not clamped.
     """
-    codes = sample_codes(model, vae.codebook, labels, schedule, sampling, seeds, edit)
+    codes = sample_codes(model, vae.pathway, labels, schedule, sampling, seeds, edit)
     with evaluating(vae):
-        return vae.decode(codes[schedule.sides[-1]], schedule.sides[-1])
+        return vae.decode_at(codes, schedule.sides[-1])

@@ -112,3 +112,38 @@ def shift_all(codes: Tensor, codebook_VD: Tensor, schedule: ScaleSchedule) -> Te
     if not shifted:
         return codebook_VD.new_empty(len(codes), 0, codebook_VD.shape[1])
     return torch.cat(shifted, dim=1)
+
+
+class UpsamplingPathway:
+    """The upsampling pathway (paper, Sec. 3.1): a scale's tokens are codes of its own, and feed the next scale alone.
+
+    A pathway is the tokenizer's, and says what tokens mean: `inputs`, for a parallel pass, and `canvas`, for sampling.
+    """
+
+    def __init__(self, codebook_VD: Tensor):
+        self.codebook = codebook_VD
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Codes (B, n) → their embeddings (B, n, D)."""
+        return F.embedding(codes, self.codebook)
+
+    def inputs(self, tokens: Tensor, schedule: ScaleSchedule) -> Tensor:
+        """Tokens of all scales (B, L), true or sampled → inputs of scales 2…N (B, L - s₁², D): Eq. 2 and 6."""
+        return shift_all(tokens, self.codebook, schedule)
+
+    def canvas(self, schedule: ScaleSchedule) -> UpsamplingCanvas:
+        """An empty canvas, for sampling to fill."""
+        return UpsamplingCanvas(self, schedule)
+
+
+class UpsamplingCanvas:
+    """Scales as they are sampled, coarse to fine."""
+
+    def __init__(self, pathway: UpsamplingPathway, schedule: ScaleSchedule):
+        self.pathway, self.sides = pathway, schedule.sides
+
+    def add(self, i: int, codes: Tensor) -> Tensor | None:
+        """Add the codes (B, s²) of scale i. Returns the inputs (B, s'², D) of the next scale; None after the last."""
+        if i + 1 == len(self.sides):
+            return None
+        return shift_up(codes, self.pathway.codebook, self.sides[i], self.sides[i + 1])

@@ -5,13 +5,15 @@ Legend: B batch, C channels, H × W pixels, h × w latent sides, D codebook widt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.scales import UpsamplingPathway
 
 NEAREST_AT_ONCE = 1024  # vectors compared with the whole codebook at a time
 CACHED = 2**23  # values of a feature map that fit into a CPU's cache
@@ -210,6 +212,11 @@ class VQVAE(nn.Module):
         """The normalised codebook (V, D)."""
         return self.quantize.rows()
 
+    @property
+    def pathway(self) -> UpsamplingPathway:
+        """The pathway of its codes: they feed the next scale."""
+        return UpsamplingPathway(self.codebook)
+
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] → latent (B, D, H / factor, W / factor)."""
         factor = self.config.factor
@@ -243,6 +250,10 @@ class VQVAE(nn.Module):
                 return {s: self.codes(latent, s) for s in sides}
             small = {s: F.interpolate(images, (factor * s, factor * s), mode="area") for s in sides}
             return {s: self.codes(self.encode(image), s) for s, image in small.items()}
+
+    def decode_at(self, codes: Mapping[int, Tensor], s: int) -> Tensor:
+        """Codes of all sides up to s, {side: (B, side²)} → images (B, 3, factor·s, factor·s), raw: see `decode`."""
+        return self.decode(codes[s], s)
 
     def decode(self, codes: Tensor, s: int) -> Tensor:
         """Codes of side s (B, s²) → images (B, 3, factor·s, factor·s), raw: not clamped to [-1, 1]."""

@@ -42,7 +42,9 @@ def test_the_three_likelihoods_by_their_definitions(saved, data):
         one_step.append(nll(fed)[0][i])
     free = SamplingConfig()
     with torch.no_grad():
-        own = torch.cat([c for _, c in generate_scales(model, codebook, labels, schedule, free, uniforms)], dim=1)
+        own = torch.cat(
+            [c for _, c in generate_scales(model, pipeline.vae.pathway, labels, schedule, free, uniforms)], dim=1
+        )
     found = Exposure.of(data, seed=5)
     assert found.forced == pytest.approx(forced, rel=1e-5)
     assert found.one_step == pytest.approx(one_step, rel=1e-5)

@@ -55,6 +55,6 @@ def test_codes_logits_and_greedy_tokens_at_all_ten_scales(d16):
     found = model(labels, shift_all(torch.cat(codes, 1), vae.codebook, schedule), schedule)
     assert worst(found, reference.forward(m, labels, inputs, schedule.sides)) < 1e-5
     slow = reference.greedy(m, reference.codebook_of(v), labels, schedule.sides, 2.5)
-    fast = sample_codes(model, vae.codebook, labels, schedule, SamplingConfig(Guidance("ramp", 2.5), 1), [0])
+    fast = sample_codes(model, vae.pathway, labels, schedule, SamplingConfig(Guidance("ramp", 2.5), 1), [0])
     for s, wanted in zip(schedule.sides, slow, strict=True):
         assert torch.equal(fast[s], wanted), s

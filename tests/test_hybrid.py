@@ -12,7 +12,7 @@ from models.head import Sampler
 from models.hybrid import HybridConfig, HybridVAR, MaskedInputs, draw_share
 from models.pipeline import SARPipeline, open_pipeline
 from models.sampling import SamplingConfig, sample_codes
-from models.scales import shift_all
+from models.scales import UpsamplingPathway
 from models.weights import load_flexvar, load_strictly, read_state_dict, save_weights
 from tests.conftest import ALONE, config_of, fill, tool, torchrun
 from tests.test_trainer import assert_same, lines_of, weights_of
@@ -36,29 +36,33 @@ def model(request) -> HybridVAR:
 
 
 @pytest.fixture
-def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Class ids, tokens (4, 29), codebook."""
+def batch() -> tuple[torch.Tensor, torch.Tensor, UpsamplingPathway]:
+    """Class ids, tokens (4, 29), pathway."""
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(32, (4, SCHEDULE.total), generator=generator)
-    return torch.tensor([1, 2, 3, 10]), tokens, F.normalize(torch.randn(32, 8, generator=generator), dim=1)
+    return (
+        torch.tensor([1, 2, 3, 10]),
+        tokens,
+        UpsamplingPathway(F.normalize(torch.randn(32, 8, generator=generator), dim=1)),
+    )
 
 
 def test_what_is_hidden_is_what_is_asked(model, batch):
-    labels, tokens, codebook = batch
+    labels, tokens, pathway = batch
     for share, m in ((0.0, 0), (0.6, 3), (1.0, 4)):
-        inputs = model.mask(tokens, codebook, SCHEDULE, share)
+        inputs = model.mask(tokens, pathway, SCHEDULE, share)
         assert (inputs.hidden.sum(1) == m).all()
         asked = model(labels, inputs, SCHEDULE, tokens).mask.bool()
         assert torch.equal(asked[:, :4], inputs.hidden)
         assert asked[:, 4:].all()  # all of the finer sides
-    found = {tuple(model.mask(tokens, codebook, SCHEDULE, 0.5).hidden[0].tolist()) for _ in range(40)}
+    found = {tuple(model.mask(tokens, pathway, SCHEDULE, 0.5).hidden[0].tolist()) for _ in range(40)}
     assert len(found) == 6  # any two of four
 
 
 def test_what_is_sampled_stands_among_the_true_codes(model, batch):
     """A rollout at the hidden positions; the truth at those that the model was shown."""
-    labels, tokens, codebook = batch
-    inputs = model.mask(tokens, codebook, SCHEDULE, 0.5)
+    labels, tokens, pathway = batch
+    inputs = model.mask(tokens, pathway, SCHEDULE, 0.5)
     found = model(labels, inputs, SCHEDULE, tokens, sampler=Sampler(0, SCHEDULE.total)).sampled
     hidden = F.pad(inputs.hidden, (0, SCHEDULE.total - 4), value=True)
     assert torch.equal(found, torch.where(hidden, model(labels, inputs, SCHEDULE).argmax(-1), tokens))
@@ -76,8 +80,8 @@ def test_shares_are_a_normal_cut_to_its_range():
 
 def test_a_hidden_input_does_not_know_its_code(model, batch):
     """No gradient reaches the embedding of a hidden position; of a revealed one it does."""
-    labels, tokens, codebook = batch
-    inputs = model.mask(tokens, codebook, SCHEDULE, 0.5)
+    labels, tokens, pathway = batch
+    inputs = model.mask(tokens, pathway, SCHEDULE, 0.5)
     codes = inputs.codes.requires_grad_()
     model(labels, inputs, SCHEDULE)[:, :4].sum().backward()
     assert (codes.grad[inputs.hidden] == 0).all()
@@ -86,9 +90,9 @@ def test_a_hidden_input_does_not_know_its_code(model, batch):
 
 def test_who_sees_whom(model, batch):
     """Gradients of a side's logits by the inputs: its own first, others only with cross-scale, the first side never."""
-    labels, tokens, codebook = batch
-    inputs = shift_all(tokens, codebook, SCHEDULE).requires_grad_()
-    codes = F.embedding(tokens[:, :4], codebook).requires_grad_()
+    labels, tokens, pathway = batch
+    inputs = pathway.inputs(tokens, SCHEDULE).requires_grad_()
+    codes = pathway.embed(tokens[:, :4]).requires_grad_()
     hidden = torch.zeros(4, 4, dtype=torch.bool)
     seen = []
     for part in SCHEDULE.split(model(labels, MaskedInputs(inputs, codes, hidden), SCHEDULE)):
@@ -109,7 +113,7 @@ def test_loss_by_the_obvious_formula(flags, tmp_path):
     trainer.model.eval()
     for share in (0.25, 0.75, 1.0):
         torch.manual_seed(1)
-        inputs = trainer.model.mask(tokens, trainer.codebook, schedule, share)
+        inputs = trainer.model.mask(tokens, trainer.pathway, schedule, share)
         trainer.inputs = lambda *_, inputs=inputs: inputs
         loss, metrics = trainer.compute_loss(batch, schedule)
         with torch.no_grad():
@@ -123,13 +127,13 @@ def test_loss_by_the_obvious_formula(flags, tmp_path):
 
 def test_held_out_everything_is_hidden(batch):
     """In training a share of the positions, which the step decides and all images have in common."""
-    model, (labels, _, codebook) = hybrid(), batch
+    model, (labels, _, pathway) = hybrid(), batch
     schedule, model.config = ScaleSchedule((8, 9)), HybridConfig(first_side=8)
     tokens = torch.zeros(len(labels), schedule.total, dtype=torch.long)
 
     def hidden(seed):
         torch.manual_seed(seed)
-        counts = model.inputs(tokens, codebook, schedule).hidden.sum(1)
+        counts = model.inputs(tokens, pathway, schedule).hidden.sum(1)
         assert (counts == counts[0]).all()  # the same for all images
         return int(counts[0])
 
@@ -140,8 +144,8 @@ def test_held_out_everything_is_hidden(batch):
 
 
 def test_second_pass_runs_the_finer_sides_only(model, batch):
-    labels, tokens, codebook = batch
-    inputs = model.inputs(tokens, codebook, SCHEDULE)
+    labels, tokens, pathway = batch
+    inputs = model.inputs(tokens, pathway, SCHEDULE)
     whole = model(labels, inputs, SCHEDULE)
     assert torch.allclose(model(labels, inputs, SCHEDULE, first=1), whole[:, 4:], atol=1e-5)
     assert torch.allclose(model(labels, inputs, SCHEDULE, first=2), whole[:, 13:], atol=1e-5)
@@ -149,11 +153,11 @@ def test_second_pass_runs_the_finer_sides_only(model, batch):
 
 def test_sampling_walks_as_training_sees(model, batch):
     """The finer sides' cached logits are those of one pass; so are the first side's, at each step of its filling."""
-    labels, tokens, codebook = batch
+    labels, tokens, pathway = batch
     state = model.init_cache(labels, SCHEDULE.total)
-    inputs = shift_all(tokens, codebook, SCHEDULE)
+    inputs = pathway.inputs(tokens, SCHEDULE)
     hidden = torch.tensor([True, False, False, True]).expand(4, -1)
-    codes = F.embedding(tokens[:, :4], codebook)
+    codes = pathway.embed(tokens[:, :4])
     with torch.no_grad():
         whole = SCHEDULE.split(model(labels, MaskedInputs(inputs, codes, hidden), SCHEDULE))
         assert torch.allclose(model.first_logits(state, codes, hidden, 1)[0], whole[0], atol=1e-5)
@@ -172,8 +176,8 @@ def test_positions_are_revealed_along_a_cosine(steps, counts, batch, monkeypatch
         return inner(state, codes, hidden, halves)
 
     monkeypatch.setattr(model, "first_logits", watch)
-    labels, _, codebook = batch
-    sample_codes(model, codebook, labels[:3], SCHEDULE, SamplingConfig(fill_steps=steps), [1, 2, 3])
+    labels, _, pathway = batch
+    sample_codes(model, pathway, labels[:3], SCHEDULE, SamplingConfig(fill_steps=steps), [1, 2, 3])
     left = [int(hidden[0].sum()) for hidden in seen] + [0]
     revealed = [a - b for a, b in pairwise(left)]
     assert sum(revealed) == 4
@@ -184,13 +188,13 @@ def test_positions_are_revealed_along_a_cosine(steps, counts, batch, monkeypatch
 
 
 def test_images_do_not_depend_on_their_batch(batch):
-    model, (labels, _, codebook) = hybrid(), batch
+    model, (labels, _, pathway) = hybrid(), batch
     draw = SamplingConfig(Guidance("ramp", 2.0), top_k=20, top_p=0.9)
-    together = sample_codes(model, codebook, labels[:3], SCHEDULE, draw, [5, 6, 7])
+    together = sample_codes(model, pathway, labels[:3], SCHEDULE, draw, [5, 6, 7])
     for i, seed in enumerate((5, 6, 7)):
-        alone = sample_codes(model, codebook, labels[i : i + 1], SCHEDULE, draw, [seed])
+        alone = sample_codes(model, pathway, labels[i : i + 1], SCHEDULE, draw, [seed])
         assert all(torch.equal(alone[s][0], codes[i]) for s, codes in together.items())
-    again = sample_codes(model, codebook, labels[:1], SCHEDULE, draw, [8])
+    again = sample_codes(model, pathway, labels[:1], SCHEDULE, draw, [8])
     assert not all(torch.equal(again[s][0], codes[0]) for s, codes in together.items())
 
 
@@ -199,10 +203,10 @@ def test_guidance_is_a_half_ramp_over_the_steps(batch, monkeypatch):
 
     model, weights = hybrid(), []
     monkeypatch.setattr(module, "guide", lambda c, u, w: weights.append(w) or c)
-    labels, _, codebook = batch
-    sample_codes(model, codebook, labels[:2], SCHEDULE, SamplingConfig(Guidance("ramp", 3.0), fill_steps=2), [1, 2])
+    labels, _, pathway = batch
+    sample_codes(model, pathway, labels[:2], SCHEDULE, SamplingConfig(Guidance("ramp", 3.0), fill_steps=2), [1, 2])
     assert weights == [3.0 * 0.5 * 1.5, 3.0]
-    sample_codes(model, codebook, labels[:2], SCHEDULE, SamplingConfig(Guidance("none", 3.0), fill_steps=2), [1, 2])
+    sample_codes(model, pathway, labels[:2], SCHEDULE, SamplingConfig(Guidance("none", 3.0), fill_steps=2), [1, 2])
     assert len(weights) == 2
 
 

@@ -27,7 +27,7 @@ CASES = {
 def test_greedy_tokens_and_images_equal_the_released_ones(case, vae, model, expected):
     guidance, sides = CASES[case]
     schedule = ScaleSchedule(sides)
-    codes = sample_codes(model, vae.codebook, expected["labels"], schedule, SamplingConfig(guidance, 1), [0, 1])
+    codes = sample_codes(model, vae.pathway, expected["labels"], schedule, SamplingConfig(guidance, 1), [0, 1])
     tokens = torch.cat([codes[s] for s in sides], dim=1)
     assert torch.equal(tokens, expected[f"sample.greedy.{case}.tokens"])
     images = generate(model, vae, expected["labels"], schedule, SamplingConfig(guidance, 1), [0, 1])
@@ -122,7 +122,7 @@ def test_cached_logits_equal_the_masked_forward(vae, model, expected):
     schedule = ScaleSchedule((1, 2, 3, 5, 8, 13))  # over 160 tokens: both kinds of attention group
     labels, uniforms = expected["labels"], image_uniforms([3, 4], schedule.total, torch.device("cpu"))
     scales = generate_scales(
-        model, vae.codebook, labels, schedule, SamplingConfig(top_k=20, top_p=0.9, max_pn=None), uniforms
+        model, vae.pathway, labels, schedule, SamplingConfig(top_k=20, top_p=0.9, max_pn=None), uniforms
     )
     codes = torch.cat([c for _, c in scales], dim=1)
     inputs = shift_all(codes, vae.codebook, schedule)
@@ -141,7 +141,7 @@ def test_cached_logits_equal_the_masked_forward(vae, model, expected):
 def test_an_image_depends_on_its_own_seed_only(vae, model, schedule):
     def draw(labels, seeds):
         how = SamplingConfig(Guidance("ramp", 2.0), 50, 0.95)
-        return sample_codes(model, vae.codebook, torch.tensor(labels), schedule, how, seeds)[4]
+        return sample_codes(model, vae.pathway, torch.tensor(labels), schedule, how, seeds)[4]
 
     together = draw([1, 2, 3, 1], [10, 11, 12, 13])
     assert torch.equal(draw([3], [12])[0], together[2])
@@ -153,7 +153,7 @@ def test_odd_and_large_sides_are_taken_greedily(vae, model):
     schedule, labels = ScaleSchedule((1, 4, 7)), torch.tensor([1])
 
     def draw(seed, max_pn=16, edit=None):
-        return sample_codes(model, vae.codebook, labels, schedule, SamplingConfig(max_pn=max_pn), [seed], edit)
+        return sample_codes(model, vae.pathway, labels, schedule, SamplingConfig(max_pn=max_pn), [seed], edit)
 
     held = {}
 
@@ -172,7 +172,7 @@ def test_odd_and_large_sides_are_taken_greedily(vae, model):
 def test_without_a_bound_every_side_is_drawn(vae, model):
     schedule, labels = ScaleSchedule((1, 7)), torch.tensor([1])
     config = SamplingConfig()
-    draws = [sample_codes(model, vae.codebook, labels, schedule, config, [seed])[7] for seed in (0, 1)]
+    draws = [sample_codes(model, vae.pathway, labels, schedule, config, [seed])[7] for seed in (0, 1)]
     assert (draws[0] != draws[1]).float().mean() > 0.3
 
 
@@ -180,9 +180,9 @@ def test_a_walk_that_stops_early_draws_the_same_and_computes_no_more(vae, model,
     labels, sides = torch.tensor([1, 2]), []
     model.blocks[0].register_forward_hook(lambda _, x, y: sides.append(x[0].shape[1]))
     draw = SamplingConfig(Guidance("ramp", 2.0), 20, 0.9)
-    whole = sample_codes(model, vae.codebook, labels, schedule, draw, [3, 4])
+    whole = sample_codes(model, vae.pathway, labels, schedule, draw, [3, 4])
     sides.clear()
-    part = sample_codes(model, vae.codebook, labels, schedule, draw, [3, 4], until=2)
+    part = sample_codes(model, vae.pathway, labels, schedule, draw, [3, 4], until=2)
     assert sides == [1, 4]
     assert list(part) == [1, 2]
     assert all(torch.equal(part[s], whole[s]) for s in part)

@@ -41,7 +41,7 @@ def teacher_with(tokens, logits=None):
 def plain_step(trainer, model, batch, schedule, seed):
     """A SAR step written out: every logit of every pass kept, every scale drawn, nothing shared or left out."""
     sar, labels, truth = trainer.config.sar, batch.labels, batch.tokens(schedule)
-    inputs = shift_all(truth, trainer.codebook, schedule)
+    inputs = shift_all(truth, trainer.pathway.codebook, schedule)
     logits = model(labels, inputs, schedule)
     loss = F.cross_entropy(logits.flatten(0, 1), truth.flatten())
     with torch.no_grad():
@@ -56,11 +56,11 @@ def plain_step(trainer, model, batch, schedule, seed):
         top_k = 1 if sar.rollout == "argmax" else sar.sf_top_k
         rollout = sample_tokens(guided, top_k, sar.sf_top_p, uniforms)
     if sar.ssr == "all":
-        scored, second = slice(1, None), model(labels, shift_all(rollout, trainer.codebook, schedule), schedule)
+        scored, second = slice(1, None), model(labels, shift_all(rollout, trainer.pathway.codebook, schedule), schedule)
         second = second[:, 1:]
     else:
         scored, sides = schedule.span(-1), schedule.sides
-        fed = shift_up(rollout[:, schedule.span(-2)], trainer.codebook, sides[-2], sides[-1])
+        fed = shift_up(rollout[:, schedule.span(-2)], trainer.pathway.codebook, sides[-2], sides[-1])
         second = model(labels, fed, ScaleSchedule((1, sides[-1])), start=False)[:, 1:]
     if sar.csf_target == "teacher_soft":
         p, q = second.log_softmax(-1), guided[:, scored].log_softmax(-1)
@@ -192,7 +192,7 @@ def test_no_gradient_flows_through_the_rollout(reference, model, expected, sched
     trainer.student(expected["labels"], teacher_with(rollout), expected["vae.codes"], schedule).loss.backward()
     found = model.head.weight.grad.clone()
     model.zero_grad()
-    inputs = shift_all(rollout, trainer.codebook, schedule)
+    inputs = shift_all(rollout, trainer.pathway.codebook, schedule)
     logits = model(expected["labels"], inputs, schedule)
     F.cross_entropy(logits[:, 1:].flatten(0, 1), rollout[:, 1:].flatten()).backward()
     assert worst(found, model.head.weight.grad) < 1e-5
@@ -266,7 +266,7 @@ def test_deeper_rollouts_feed_on_the_students_own_tokens(reference, model, expec
     rollout = expected["student.rollout_argmax"]
     found = trainer.student(labels, teacher_with(rollout), expected["vae.codes"], schedule).loss
     drawn = expected["student.logits_all"].argmax(-1)
-    again = shift_all(torch.cat([rollout[:, :1], drawn[:, 1:]], 1), trainer.codebook, schedule)
+    again = shift_all(torch.cat([rollout[:, :1], drawn[:, 1:]], 1), trainer.pathway.codebook, schedule)
     second = F.cross_entropy(model(labels, again, schedule)[:, 1:].flatten(0, 1), rollout[:, 1:].flatten())
     wanted = (expected["student.csf_loss_all"] + second) / 2
     assert worst(found.detach().view(1), wanted.detach()) < 1e-5
@@ -283,7 +283,7 @@ def test_deeper_rollouts_are_guided_like_the_first(reference, model, expected, s
     fed, losses = rollout, []
     with torch.no_grad():
         for _ in range(3):
-            inputs = shift_all(fed, trainer.codebook, schedule)
+            inputs = shift_all(fed, trainer.pathway.codebook, schedule)
             cond, uncond = (model(who, inputs, schedule) for who in (labels, torch.full_like(labels, 10)))
             losses.append(F.cross_entropy(cond[:, 1:].flatten(0, 1), rollout[:, 1:].flatten()))
             pairs = zip(weights, schedule.split(cond), schedule.split(uncond), strict=True)

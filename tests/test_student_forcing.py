@@ -82,7 +82,7 @@ def test_full_feeds_what_generate_would_feed_under_the_same_seeds(rollout, refer
     with torch.no_grad(), evaluating(model):
         top_k = 1 if rollout == "argmax" else 20
         config = SamplingConfig(guidance, top_k, 0.9)
-        scales = generate_scales(model, vae.codebook, batch.labels, schedule, config, uniforms)
+        scales = generate_scales(model, vae.pathway, batch.labels, schedule, config, uniforms)
         wanted = torch.cat([codes for _, codes in scales], dim=1)
     assert torch.equal(fed[:, :14], wanted[:, :14])  # the finest scale feeds nothing
     assert worst(shift_all(fed, vae.codebook, schedule), shift_all(wanted, vae.codebook, schedule)) == 0

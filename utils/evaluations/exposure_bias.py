@@ -82,12 +82,12 @@ class ValidationSet:
 
         Of the scales from number `first` on; `scales`: pass the first so many through the model only, 0: all.
         """
-        model, codebook = self.pipeline.model, self.pipeline.vae.codebook
+        model, pathway = self.pipeline.model, self.pipeline.vae.pathway
         part = ScaleSchedule(self.schedule.sides[: scales or None])
         span = slice(part.offsets[first], part.total)
         with evaluating(model):
             for labels, tokens, truth in self.batches(fed[:, : part.total], self.tokens[:, span]):
-                yield model(labels, model.inputs(tokens, codebook, part), part, truth, first, sampler)
+                yield model(labels, model.inputs(tokens, pathway, part), part, truth, first, sampler)
 
     def nll(self, fed: Tensor, scales: int = 0, first: int = 0) -> Tensor:
         """NLL of the true tokens (N, n): see `predict`."""
@@ -101,10 +101,10 @@ class ValidationSet:
     @torch.no_grad()
     def entropy(self) -> list[float]:
         """Mean entropy of each side's predictions after true inputs, in nats."""
-        model, codebook, found = self.pipeline.model, self.pipeline.vae.codebook, []
+        model, pathway, found = self.pipeline.model, self.pipeline.vae.pathway, []
         for labels, tokens in self.batches(self.tokens):
             with evaluating(model):
-                x = model(labels, model.inputs(tokens, codebook, self.schedule), self.schedule, features=True)
+                x = model(labels, model.inputs(tokens, pathway, self.schedule), self.schedule, features=True)
             parts = [model.head(x[:, a:b]).float().softmax(-1) for a, b in chunks(*x.shape[:2])]
             found.append(torch.cat([torch.special.entr(p).sum(-1) for p in parts], dim=1).cpu())
         return per_side(torch.cat(found), self.schedule)
@@ -115,7 +115,7 @@ class ValidationSet:
 
         With `on_truth` each scale is drawn after true coarser ones, and is not fed on.
         """
-        model, codebook, found, done = self.pipeline.model, self.pipeline.vae.codebook, [], 0
+        model, pathway, found, done = self.pipeline.model, self.pipeline.vae.pathway, [], 0
         needed = model.uniforms_needed(self.schedule)
         for labels, truth in self.batches(self.tokens):
             seeds = range(seed + done, seed + done + len(labels))
@@ -129,7 +129,7 @@ class ValidationSet:
 
             with evaluating(model):
                 config = SamplingConfig(top_k=top_k)
-                for _ in generate_scales(model, codebook, labels, self.schedule, config, uniforms, edit):
+                for _ in generate_scales(model, pathway, labels, self.schedule, config, uniforms, edit):
                     pass
             found.append(torch.cat(list(own.values()), dim=1).cpu())
             done += len(labels)
@@ -139,8 +139,8 @@ class ValidationSet:
     def pictures(self, tokens: Tensor) -> dict[int, Tensor]:
         """Decoded tokens (N, L) of each scale: {side: (N, 3, factor·s, factor·s)}."""
         vae, device = self.pipeline.vae, self.pipeline.device
-        parts = zip(self.schedule.sides, self.schedule.split(tokens.to(device)), strict=True)
-        return {s: vae.decode(codes, s).cpu() for s, codes in parts}
+        codes = dict(zip(self.schedule.sides, self.schedule.split(tokens.to(device)), strict=True))
+        return {s: vae.decode_at(codes, s).cpu() for s in codes}
 
 
 def check_classes(ckpt: str, pipeline: SARPipeline, classes: list[str]) -> None:
