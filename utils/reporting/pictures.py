@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ def grid_size(images: int, columns: int, side: int) -> tuple[int, int]:
 
 
 SMALLEST_CELL = 128  # pixels
+SMALLEST_FONT = 8  # of a long caption
 
 
 def caption_size(cell: int) -> int:
@@ -54,17 +56,22 @@ def captioned_grid(images: list[Image.Image], captions: list[str], columns: int,
     """Pictures of one size in rows, each over its caption. Small ones are enlarged so that captions can be read."""
     cell = cell or max(images[0].width, SMALLEST_CELL)
     width, height, bar, gap = grid_layout(len(images), columns, cell, any(captions))
-    font, sheet = caption_font(caption_size(cell)), Image.new("RGB", (width, height), "white")
+    sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = gap + i % columns * (cell + gap), gap + i // columns * (cell + bar + gap)
         sheet.paste(enlarge(image, cell), (x, y))
+        size = caption_size(cell)
+        while size > SMALLEST_FONT and caption_font(size).getlength(caption) > cell:
+            size -= 1
+        font = caption_font(size)
         while caption and font.getlength(caption) > cell:
             caption = caption[:-2].rstrip() + "…" if not caption.endswith("…") else caption[:-2] + "…"
         draw.text((x + cell / 2, y + cell + bar / 2), caption, font=font, fill="black", anchor="mm")
     return sheet
 
 
+@lru_cache
 def caption_font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib and has more than ASCII."""
     from matplotlib.font_manager import findfont
