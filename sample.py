@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from models.pipeline import SARPipeline, open_pipeline, split_classes
+from models.class_names import split_classes
+from models.pipeline import SARPipeline, open_pipeline
 from utils.config.sampling import SampleConfig
 from utils.reporting.pictures import captioned_grid, coarse_to_fine, grid_size, save_gif, square
 from utils.runtime.entry import check_output_directory, check_output_file, entry, notice

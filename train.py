@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from models.class_names import class_names
 from models.flexvar import FlexVAR
 from models.generators import GENERATORS, recognise
-from models.pipeline import class_names
 from models.run_record import find_run
 from models.scales import DEFAULT_SCHEDULE
 from models.vqvae import VQVAE

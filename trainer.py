@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.class_names import class_names
 from models.flexvar import FlexVAR
 from models.head import Prediction, Sampler
 from models.layers import kernel_for
-from models.pipeline import class_names
 from models.run_record import describe_tokenizer
 from models.sampling import TOP_K, TOP_P, Guidance, SamplingConfig, generate
 from models.scales import ScaleSchedule, draw_schedule

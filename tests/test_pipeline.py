@@ -6,15 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.pipeline import (
-    SARPipeline,
-    default_names,
-    find_class,
-    imagenet_classes,
-    open_pipeline,
-    split_classes,
-    to_bytes,
-)
+from models.class_names import default_names, find_class, imagenet_classes, split_classes
+from models.pipeline import SARPipeline, open_pipeline, to_bytes
 from models.scales import ScaleSchedule
 from models.weights import save_weights
 from tests.conftest import run

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.class_names import class_names
 from models.head import Prediction, Sampler, chunks
-from models.pipeline import SARPipeline, class_names, open_pipeline
+from models.pipeline import SARPipeline, open_pipeline
 from models.run_record import find_run
 from models.sampling import SamplingConfig, evaluating, generate_scales, image_uniforms
 from models.scales import ScaleSchedule

@@ -44,7 +44,7 @@ class RunState:
 
 
 def checkpoints(directory: str | Path) -> list[Path]:
-    """Those of a run, from the oldest to the newest."""
+    """Checkpoints of a run, from the oldest to the newest."""
     found = [p for p in (Path(directory) / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
     return sorted(found, key=step_of)
 
@@ -125,7 +125,7 @@ class SaveError(OSError):
 
 
 class Checkpoints:
-    """Those of a run. They are written in the background, one at a time; `finish` waits for the one under way.
+    """Checkpoints of a run, written in the background, one at a time; `finish` waits for the one under way.
 
     After each, only the newest `keep` stay, and those marked to be kept.
     """
