@@ -51,9 +51,10 @@ class Prediction(NamedTuple):
 
     def metrics(self, schedule: ScaleSchedule, first: int = 0) -> dict[str, Tensor]:
         """Mean loss and accuracy of each scale from number `first` on."""
-        found, mask = {}, torch.ones_like(self.losses) if self.mask is None else self.mask
-        parts = (x.split(schedule.lengths[first:], dim=1) for x in (self.losses, self.correct, mask))
-        for s, losses, correct, counts in zip(schedule.sides[first:], *parts, strict=True):
+        found, lengths = {}, schedule.lengths[first:]
+        losses_of, correct_of = (x.split(lengths, dim=1) for x in (self.losses, self.correct))
+        mask_of = [None] * len(lengths) if self.mask is None else self.mask.split(lengths, dim=1)
+        for s, losses, correct, counts in zip(schedule.sides[first:], losses_of, correct_of, mask_of, strict=True):
             found[f"loss_side/{s}"] = masked_mean(losses, counts)
             found[f"accuracy_side/{s}"] = masked_mean(correct, counts)
         return found

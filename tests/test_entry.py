@@ -48,7 +48,7 @@ def test_every_command_of_the_documents_is_an_entry():
 def test_how_to_extend_names_what_is_there():
     """Every file of the page exists, and holds the names that the page says are in it."""
     page = (ROOT / "docs/extending.md").read_text()
-    files = {w for w in re.findall(r"`([\w/]+\.(?:py|sh))`", page)}
+    files = set(re.findall(r"`([\w/]+\.(?:py|sh))`", page))
     files = {f if "/" in f or (ROOT / f).is_file() else f"utils/config/{f}" for f in files}
     text = {f: (ROOT / f).read_text() for f in files}
     names = re.findall(r"`([A-Za-z_]\w+)`", page)
