@@ -283,6 +283,7 @@ def test_bad_sample_files_are_named(name, message, tmp_path):
         (["--samples=few.npz", "--expect=50000"], "holds 5 images, fewer than --expect 50000"),
         (["--num_classes_eval=11"], "the model knows 10 classes, not 11"),
         (["--eval_scale=5"], "--eval_scale 5 is none of the scales"),
+        (["--depth=16"], "has 2 transformer blocks, not --depth 16"),
         (["--reference=absent.npz"], "no file or folder absent.npz"),
         (["--features=inception", "--inception_weights=absent.pth"], "absent.pth"),
     ],

@@ -153,7 +153,12 @@ def test_a_config_of_another_program_is_passed_over(path, vae, model, tmp_path):
 
 def test_fill_steps_are_of_hybrid_models_only(saved, tmp_path):
     status, _, err = sample(saved, "--classes=0", "--fill_steps=3", "--out", tmp_path / "x.png", check=False)
-    assert (status, "--fill_steps has no effect without a model that fills its first side step by step" in err) == (
-        1,
-        True,
-    )
+    assert status == 1
+    assert "--fill_steps has no effect without a model that fills its first side step by step" in err
+
+
+def test_sides_that_are_taken_greedily_are_said_once(saved, tmp_path):
+    """Asked for by --max_pn here; of a file that belongs to no run it is the released models' rule."""
+    out = ["--classes=0", "--n=3", "--batch=1", "--out", tmp_path / "x.png"]
+    assert sample(saved, *out, "--max_pn=2")[2].count("sides 3, 4 are taken greedily") == 1
+    assert "greedily" not in sample(saved, *out)[2]  # this pipeline's own sides
