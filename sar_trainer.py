@@ -31,7 +31,7 @@ class SARTrainer(Trainer):
         # scales 2…N, what the teacher sampled there.
         student = self.student(labels, teacher, tokens, schedule)
         loss = teacher.loss + gamma * student.loss  # Eq. 11
-        return loss, {**self.measured(teacher, student, tokens, schedule), "loss": loss.detach()}
+        return loss, {**self.measured(teacher, student, schedule), "loss": loss.detach()}
 
     def student(self, labels: Tensor, teacher: Prediction, tokens: Tensor, schedule: ScaleSchedule) -> Prediction:
         """The second pass, and its loss at the scales that the rollout fed.
@@ -81,7 +81,7 @@ class SARTrainer(Trainer):
         weights = torch.tensor(guidance).repeat_interleave(lengths).unsqueeze(-1).to(labels.device, non_blocking=True)
         return sampler.guided(features, weights)
 
-    def measured(self, teacher: Prediction, student: Prediction, tokens: Tensor, schedule: ScaleSchedule) -> Metrics:
+    def measured(self, teacher: Prediction, student: Prediction, schedule: ScaleSchedule) -> Metrics:
         """Numbers to log of both passes."""
         last = self.config.sar.ssr == "last"
         asked = ScaleSchedule((1, schedule.sides[-1])) if last else schedule

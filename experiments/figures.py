@@ -110,8 +110,7 @@ def walk_of(ckpt: str, args: argparse.Namespace) -> tuple[str, int]:
 
 def walked(data: ValidationSet, start: int, cfg: float, seed: int) -> Tensor:
     """Tokens (N, L) of a walk that holds the images' own codes up to side `start`, and draws the rest."""
-    parts = data.schedule.split(data.tokens.to(data.pipeline.device))
-    truth = dict(zip(data.schedule.sides, parts, strict=True))
+    truth = data.schedule.by_side(data.tokens.to(data.pipeline.device))
     drawn = data.pipeline.codes(
         data.labels.tolist(), cfg=cfg, top_k=0, top_p=0.0, seed=seed,
         edit=lambda s, codes: truth[s] if s <= start else codes,

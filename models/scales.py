@@ -66,6 +66,10 @@ class ScaleSchedule:
         """(…, L, …) → one tensor a scale."""
         return x.split(self.lengths, dim)
 
+    def by_side(self, tokens: Tensor) -> dict[int, Tensor]:
+        """Tokens (B, L) → {side: (B, side²)}."""
+        return dict(zip(self.sides, self.split(tokens), strict=True))
+
 
 DEFAULT_SCHEDULE = ScaleSchedule((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 MAX_TOKENS = DEFAULT_SCHEDULE.total  # 680: a drawn schedule never costs more than the default one

@@ -122,7 +122,7 @@ class ValidationSet:
             seeds = range(seed + done, seed + done + len(labels))
             uniforms = image_uniforms(seeds, needed, labels.device)
             own: dict[int, Tensor] = {}
-            known = dict(zip(self.schedule.sides, self.schedule.split(truth), strict=True))
+            known = self.schedule.by_side(truth)
 
             def edit(s: int, codes: Tensor, own: dict = own, known: dict = known) -> Tensor:
                 own[s] = codes
@@ -140,7 +140,7 @@ class ValidationSet:
     def pictures(self, tokens: Tensor) -> dict[int, Tensor]:
         """Decoded tokens (N, L) of each scale: {side: (N, 3, factor·s, factor·s)}."""
         vae, device = self.pipeline.vae, self.pipeline.device
-        codes = dict(zip(self.schedule.sides, self.schedule.split(tokens.to(device)), strict=True))
+        codes = self.schedule.by_side(tokens.to(device))
         return {s: vae.decode_at(codes, s).cpu() for s in codes}
 
 
