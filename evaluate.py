@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.pipeline import SARPipeline, open_pipeline
 from models.sampling import sample_codes
-from models.vqvae import exact_convolutions, to_bytes
+from models.tokenizer import exact_convolutions, to_bytes
 from models.weights import digest_of, find_weights
 from utils.config.sampling import EvalConfig
 from utils.evaluations.c2i.features import Extractor, make_extractor
@@ -73,7 +73,7 @@ class Generated:
         with self.precision.autocast():
             codes = sample_codes(model, vae.pathway, labels, schedule, self.draw, seeds, until=self.side)
         with exact_convolutions():  # outside of autocast: pictures are compared with real ones
-            return to_bytes(vae.decode_at(codes, self.side))
+            return to_bytes(vae.decode_at(codes, self.side, schedule))
 
 
 def save_images(config: EvalConfig, directory: Path) -> Callable[[range, Tensor], None] | None:
@@ -196,7 +196,7 @@ def run(config: EvalConfig, me: Ranks) -> None:
     default = str(IMAGENET) if config.features == "inception" and not config.make_reference else "none"
     common["reference"] = config.reference or default
     if pipeline is not None and config.eval_scale:
-        view = partial(Resized, side=config.eval_scale * pipeline.vae.config.factor)
+        view = partial(Resized, side=pipeline.vae.pixels(config.eval_scale, pipeline.schedule))
     reference = None
     if not config.make_reference:
         reference = load_reference(config, extractor, chunk_size(config, me), me, directory / "reference", view)

@@ -40,17 +40,22 @@ class SARTrainer(Trainer):
         --ssr last (released code): only the last transition, as the two-scale sequence [1, s_N] whose first token
         is the class embedding without pos_start.
         --ssr_steps n (with all): n such passes, each on tokens sampled from the one before; the mean of their losses.
+        --rollout_canvas (where a scale is fed with a sum): of the rollout's residuals, or of its last and true ones.
         """
         sar, fed = self.config.sar, teacher.sampled
-        targets = {"teacher": fed, "ground_truth": tokens, "teacher_soft": teacher.logits}[sar.csf_target]
+        truth = tokens if sar.rollout_canvas == "one_step" else None
+        if sar.csf_target == "requantised":
+            targets = self.pathway.requantised(fed, tokens, schedule, one_step=truth is not None)
+        else:
+            targets = {"teacher": fed, "ground_truth": tokens, "teacher_soft": teacher.logits}[sar.csf_target]
         if sar.ssr == "last":
-            pair = ScaleSchedule(schedule.sides[-2:])
-            inputs, ends = self.inputs(fed[:, -pair.total :], pair), ScaleSchedule((1, pair.sides[-1]))
-            return self.predict(labels, inputs, targets[:, -pair.lengths[-1] :], ends, first=1, start=False)
+            last, ends = len(schedule) - 1, ScaleSchedule((1, schedule.sides[-1]))
+            inputs = self.inputs(fed, schedule, truth, first=last)
+            return self.predict(labels, inputs, targets[:, -schedule.lengths[-1] :], ends, first=1, start=False)
         targets = targets[:, schedule.lengths[0] - schedule.total :]
         passes = []
         for more in reversed(range(sar.ssr_steps)):
-            inputs = self.inputs(fed, schedule)
+            inputs = self.inputs(fed, schedule, truth)
             sampler = self.rollout_sampler(labels, inputs, schedule, first=1) if more else None
             passes.append(self.predict(labels, inputs, targets, schedule, first=1, sampler=sampler))
             fed = torch.cat([fed[:, : schedule.lengths[0]], passes[-1].sampled], dim=1) if more else fed
@@ -65,7 +70,7 @@ class SARTrainer(Trainer):
         sar, last = self.config.sar, len(schedule) - 1
         scales = last if first or sar.csf_target == "ground_truth" else last + 1  # the last scale feeds nothing
         part, before = ScaleSchedule(schedule.sides[:scales]), schedule.offsets[first]
-        start = schedule.offsets[last - 1] if sar.ssr == "last" else before
+        start = schedule.offsets[self.pathway.feeds(last)] if sar.ssr == "last" else before
         shape, greedy = (len(labels), schedule.total - before), sar.rollout == "argmax"
         uniforms = None if greedy else torch.rand(shape, device=labels.device)
         sampler = Sampler(

@@ -16,7 +16,7 @@ from models.flexvar import FlexVAR
 from models.generators import GENERATORS, recognise
 from models.run_record import find_run
 from models.scales import DEFAULT_SCHEDULE
-from models.vqvae import VQVAE
+from models.tokenizer import Tokenizer
 from models.weights import digest_of, find_weights, load_strictly, load_tokenizer, read_state_dict
 from pretrained.download import offer
 from sar_trainer import SARTrainer
@@ -35,7 +35,7 @@ from utils.training.loop import start
 TRAINERS = {"teacher_forcing": Trainer, "csfl": SARTrainer, **STUDENT_FORCING}
 
 
-def build_model(config: TrainConfig, vae: VQVAE, classes_of_data: list[str]) -> FlexVAR:
+def build_model(config: TrainConfig, vae: Tokenizer, classes_of_data: list[str]) -> FlexVAR:
     """The transformer, from --init_ckpt when there is one and the run has no checkpoint of its own yet."""
     wanted, data_classes = config.model, len(classes_of_data)
     before = last_invariants(config.run.directory)  # a run that goes on reads its own weights: see `Loop.resume`
@@ -60,7 +60,9 @@ def build_model(config: TrainConfig, vae: VQVAE, classes_of_data: list[str]) -> 
         "aln": wanted.aln,
         "alng": wanted.alng,
     }
-    model = GENERATORS[wanted.model].from_flags(wanted, **sizes).build()
+    sized = GENERATORS[wanted.model].from_flags(wanted, **sizes)
+    sized.check_tokenizer(vae.config, f"--model {wanted.model}", wanted.vae_ckpt)
+    model = sized.build()
     if reset:  # rows as they were drawn; the unconditional class, the last one, is known
         weights["class_emb.weight"] = torch.cat(
             [model.class_emb.weight[:-1], weights["class_emb.weight"][-1:]]
@@ -70,7 +72,7 @@ def build_model(config: TrainConfig, vae: VQVAE, classes_of_data: list[str]) -> 
     return model
 
 
-def check_init(config: TrainConfig, vae: VQVAE, names: list[str]) -> None:
+def check_init(config: TrainConfig, vae: Tokenizer, names: list[str]) -> None:
     """Compares the run that --init_ckpt belongs to, if it is one, with this one.
 
     Raises ValueError for other classes, or another tokenizer unless --vae_ckpt named it: then that is a warning.
@@ -121,7 +123,7 @@ def build(config: TrainConfig, me: Ranks) -> Trainer:
     train_set: Examples
     val_set: Examples | None
     if config.speed.code_cache:
-        codes, val_set = open_cache(Path(config.speed.code_cache), vae, wanted.supervision, size)
+        codes, val_set = open_cache(Path(config.speed.code_cache), vae, wanted.supervision, size, wanted.scales)
         train_set, encode = codes, codes.code_batch
     else:
         train_set, val_set = open_splits(config.data, size, config.run.seed, config.run.directory)

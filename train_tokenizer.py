@@ -1,4 +1,4 @@
-"""Train the multi-scale VQVAE: flags → config → build → fit."""
+"""Train a tokenizer: flags → config → build → fit."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.discriminator import Discriminator
+from models.generators import TOKENIZERS
 from models.sampling import evaluating
-from models.vqvae import VQVAE, VQVAEConfig
+from models.tokenizer import Tokenizer
 from models.weights import find_weights, load_strictly, read_state_dict
 from pretrained.download import offer
 from utils.config.tokenizer import TokenizerTrainConfig
@@ -32,18 +33,20 @@ from utils.training.loop import Loop, start
 
 
 class TokenizerTrainer(Loop):
-    """Trains the VQVAE at the finest side and a few others, drawn anew each step; a discriminator along with it.
+    """Trains a tokenizer at the finest side and a few others, drawn anew each step; a discriminator along with it.
+
+    Where codes depend on the schedule, at all of its sides.
 
     Rows of the codebook that no side used for --usage_every steps are put where the latents are.
     """
 
     config: TokenizerTrainConfig
-    model: VQVAE
+    model: Tokenizer
 
     def __init__(
         self,
         config: TokenizerTrainConfig,
-        vae: VQVAE,
+        vae: Tokenizer,
         train_set: ImageDataset,
         val_set: ImageDataset | None,
         ranks: Ranks,
@@ -94,6 +97,8 @@ class TokenizerTrainer(Loop):
     def sides(self) -> list[int]:
         """The sides of this step, the finest last: the same on every rank."""
         *coarse, finest = self.config.model.scales.sides
+        if self.model.config.tied_to_schedule:
+            return [*coarse, finest]
         rng = random.Random(f"sides/{self.config.run.seed}/{self.step}")
         return [*sorted(rng.sample(coarse, min(self.config.model.sides_per_step, len(coarse)))), finest]
 
@@ -129,13 +134,12 @@ class TokenizerTrainer(Loop):
     def validation_losses(self, images: Tensor, labels: Tensor) -> Metrics:
         """At every side: mean squared error of the reconstruction, in [-1, 1] units and at that side's resolution, and
         how often each row is chosen (V,)."""
-        latent, rows = self.model.encode(images), self.model.config.codebook_size
-        found = {}
-        for s in self.config.model.scales.sides:
-            codes = self.model.codes(latent, s)
-            target = resize_to(images, s * self.model.config.factor)
-            found[f"mse_side/{s}"] = F.mse_loss(self.model.decode(codes, s), target)
-            found[f"chosen_side/{s}"] = histogram(codes, rows) / len(images)
+        schedule, found = self.config.model.scales, {}
+        codes = self.model.tokenize(images, schedule.sides)
+        for s in schedule.sides:
+            made = self.model.decode_at(codes, s, schedule)
+            found[f"mse_side/{s}"] = F.mse_loss(made, resize_to(images, made.shape[-1]))
+            found[f"chosen_side/{s}"] = histogram(codes[s], self.model.config.codebook_size) / len(images)
         return {"loss": found[f"mse_side/{s}"], **found}
 
     def conclude(self, means: Metrics) -> Metrics:
@@ -151,10 +155,11 @@ class TokenizerTrainer(Loop):
         n = min(self.config.watch.vis_num_samples, len(source))
         images = torch.stack([source[0, i][0] for i in linspace_indices(n, len(source))]).to(self.ranks.device)
         model, rows = self.ema_model if self.config.watch.vis_ema else self.model, [images]
+        schedule = self.config.model.scales
         with evaluating(model):
-            latent = model.encode(images)
-            for s in reversed(self.config.model.scales.sides):
-                coarse = model.decode(model.codes(latent, s), s)
+            codes = model.tokenize(images, schedule.sides)
+            for s in reversed(schedule.sides):
+                coarse = model.decode_at(codes, s, schedule)
                 rows.append(F.interpolate(coarse, images.shape[-2:], mode="nearest"))
         return grid(torch.cat(rows), columns=n)
 
@@ -171,16 +176,7 @@ def build(config: TokenizerTrainConfig, me: Ranks) -> TokenizerTrainer:
     """Data, tokenizer and trainer, at the run's newest checkpoint if it has one."""
     wanted = config.model
     torch.manual_seed(derive_seed("init", config.run.seed))
-    vae = VQVAE(
-        VQVAEConfig(
-            base_width=wanted.base_width,
-            width_mult=wanted.width_mult,
-            res_blocks=wanted.res_blocks,
-            z_channels=wanted.z_channels,
-            codebook_size=wanted.codebook_size,
-            codebook_dim=wanted.codebook_dim,
-        )
-    )
+    vae = TOKENIZERS[wanted.quantiser].from_flags(wanted).build()
     vae.to(memory_format=torch.channels_last)  # which convolutions are faster in
     if wanted.init_ckpt and not checkpoints(config.run.directory):  # a run that goes on reads its own
         load_strictly(vae, read_state_dict(wanted.init_ckpt), wanted.init_ckpt)

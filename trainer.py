@@ -19,7 +19,7 @@ from models.layers import kernel_for
 from models.run_record import describe_tokenizer
 from models.sampling import TOP_K, TOP_P, Guidance, SamplingConfig, generate
 from models.scales import ScaleSchedule, draw_schedule
-from models.vqvae import VQVAE
+from models.tokenizer import Tokenizer
 from models.weights import digest_of
 from utils.config.training import TrainConfig
 from utils.data.datasets import CodeBatch, Examples, encode_batch
@@ -42,7 +42,7 @@ class Trainer(Loop):
         self,
         config: TrainConfig,
         model: FlexVAR,
-        vae: VQVAE,
+        vae: Tokenizer,
         train_set: Examples,
         val_set: Examples | None,
         ranks: Ranks,
@@ -50,6 +50,7 @@ class Trainer(Loop):
     ):
         """`encode` turns what the data sets yield into codes; by default they are images, for the tokenizer."""
         model.checkpoint_activations = config.speed.checkpoint_activations
+        model.head.label_smoothing = config.optim.label_smoothing
         super().__init__(config, model, train_set, val_set, ranks)
         if config.speed.compile:
             for block in model.blocks:
@@ -111,9 +112,12 @@ class Trainer(Loop):
         found = self.predict(batch.labels, self.inputs(tokens, schedule), tokens, schedule)
         return found.loss, {"loss": found.loss.detach(), **found.metrics(schedule)}
 
-    def inputs(self, tokens: Tensor, schedule: ScaleSchedule) -> Inputs:
-        """Tokens of all scales (B, L), true or sampled, shifted up one scale: what a pass is fed with (Eq. 2 and 6)."""
-        return self.model.inputs(tokens, self.pathway, schedule)
+    def inputs(self, tokens: Tensor, schedule: ScaleSchedule, truth: Tensor | None = None, first: int = 1) -> Inputs:
+        """Tokens of all scales (B, L), true or sampled, shifted up one scale: what a pass is fed with (Eq. 2 and 6).
+
+        Of the scales from number `first` on; for `truth` see the pathway.
+        """
+        return self.model.inputs(tokens, self.pathway, schedule, truth, first)
 
     def predict(
         self,

@@ -22,8 +22,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
-from models import VQVAE, Guidance, SamplingConfig, ScaleSchedule, generate
+from models import Guidance, SamplingConfig, ScaleSchedule, generate
 from models.pipeline import to_pil
+from models.tokenizer import Tokenizer
 from models.weights import load_flexvar, load_tokenizer
 from utils.config.training import DataConfig
 from utils.data.datasets import open_dataset
@@ -46,13 +47,18 @@ SPREAD = 0.5
 
 DATA = ["--dataset=digits", "--workers=0"]
 TOKENIZER = [f"--image_size={SIZE}", f"--pn={SIDES}", "--base_width=32", "--width_mult", "1", "1", "2"]
-TOKENIZER += ["--res_blocks=1", "--z_channels=64", "--codebook_size=128", "--codebook_dim=16"]
-TOKENIZER += ["--bs=32", "--lr=2e-3", "--wpe=0.1"]
+TOKENIZER += ["--res_blocks=1", "--codebook_size=128", "--codebook_dim=16", "--bs=32", "--lr=2e-3", "--wpe=0.1"]
 FLEXVAR = ["--depth=4", "--width=128", f"--pn={SIDES}", "--schedule=fixed", "--bs=48"]
 FROM_SCRATCH = ["--training_mode=teacher_forcing", "--lr=2e-3", "--wp=0.05", "--wpe=0.1"]
 FURTHER = ["--lr=3e-4"]
 HYBRID_SIDE = 3
 HYBRID = ["--model=hybrid", f"--first_side={HYBRID_SIDE}"]
+# A model: its name in a report, and the flags that its tokenizer, code cache and transformer have beside the others.
+MODELS = {
+    "flexvar": ("FlexVAR", ["--z_channels=64"], [], []),
+    "hybrid": ("hybrid model", ["--z_channels=64"], [], HYBRID),
+    "var": ("VAR", ["--quantiser=residual"], [f"--pn={SIDES}"], ["--model=var"]),
+}
 SAR = ["--training_mode=csfl", "--sf_top_k=0", "--sf_top_p=0.98", "--sf_cfg_scale=1.5"]
 
 ROWS = {
@@ -62,11 +68,6 @@ ROWS = {
     "flexvar_continued": "FlexVAR, trained further (the control)",
     "sar": "SAR",
 }
-
-
-def kind_of(model: str) -> str:
-    """Name of --model in a report."""
-    return "hybrid model" if model == "hybrid" else "FlexVAR"
 
 
 def launch(command: list[str], processes: int = 0) -> float:
@@ -132,7 +133,7 @@ def gather(views, epochs: range) -> tuple[Tensor, np.ndarray]:
     return torch.stack([image for image, _ in pairs]), np.array([label for _, label in pairs])
 
 
-def sample(directory: Path, vae: VQVAE, labels: Tensor) -> Tensor:
+def sample(directory: Path, vae: Tokenizer, labels: Tensor) -> Tensor:
     """Images of a run's model, the same seeds for every run."""
     model = load_flexvar(directory)
     schedule = model.trim(ScaleSchedule.parse(SIDES))
@@ -152,8 +153,8 @@ def evaluate(runs: dict[str, Path], kind: str, out: Path) -> dict[str, dict[str,
     held_out.training = True
     real, real_labels = gather(held_out, range(1))
     with torch.no_grad():
-        side = ScaleSchedule.parse(SIDES).sides[-1]
-        reconstruction = vae.decode(vae.codes(vae.encode(real), side), side)
+        schedule = ScaleSchedule.parse(SIDES)
+        reconstruction = vae.decode_at(vae.tokenize(real, schedule.sides), schedule.sides[-1], schedule)
     labels = torch.arange(10).repeat_interleave(PER_CLASS)
     samples = {name: sample(runs[name], vae, labels) for name in ("flexvar", "flexvar_continued", "sar")}
     scores = {"real": judge.score(real, real_labels), "reconstruction": judge.score(reconstruction, real_labels)}
@@ -216,7 +217,7 @@ def conclusion(report: dict, kind: str) -> str:
 def write_report(report: dict, out: Path) -> None:
     """report.json and report.md."""
     write_json(out / "report.json", report)
-    kind, more = kind_of(report["model"]), report["steps"]["sar"]
+    kind, more = MODELS[report["model"]][0], report["steps"]["sar"]
     lines = ["# Quickstart on digits", "", conclusion(report, kind)]
     lines += ["", "| | class accuracy | Fréchet distance |", "|---|---|---|"]
     for name in ROWS:
@@ -269,17 +270,18 @@ def main() -> None:
     parser.add_argument("--flexvar_steps", type=whole(1), default=450)
     parser.add_argument("--further_steps", type=whole(1), default=150)
     parser.add_argument("--processes", type=whole(0), default=0, help="of each training run; 0: one a GPU, or two")
-    parser.add_argument("--model", choices=["flexvar", "hybrid"], default="flexvar")
+    parser.add_argument("--model", choices=MODELS, default="flexvar")
     args = parser.parse_args()
     check_output_directory(args.out, "--out")
     out, first, more = args.out, args.flexvar_steps, args.further_steps
     runs, seconds = {}, {}
+    kind, tokenizer, cache, model = MODELS[args.model]
     steps = {"tokenizer": args.tokenizer_steps, "flexvar": first, "flexvar_continued": more, "sar": more}
     vae_ckpt = f"--vae_ckpt={out / 'tokenizer'}"
-    base = [vae_ckpt, f"--code_cache={out / 'codes'}", *FLEXVAR, *(HYBRID if args.model == "hybrid" else [])]
+    base = [vae_ckpt, f"--code_cache={out / 'codes'}", *FLEXVAR, *model]
     further = [*base, *FURTHER, f"--init_ckpt={out / 'flexvar'}"]
     stages = {
-        "tokenizer": ("train_tokenizer.py", TOKENIZER),
+        "tokenizer": ("train_tokenizer.py", [*TOKENIZER, *tokenizer]),
         "flexvar": ("train.py", [*base, *FROM_SCRATCH]),
         "flexvar_continued": ("train.py", [*further, "--training_mode=teacher_forcing"]),
         "sar": ("train.py", [*further, *SAR]),
@@ -288,13 +290,13 @@ def main() -> None:
         watch = [] if name == "tokenizer" else [f"--eval_every={max(1, steps[name] // 6)}"]
         runs[name], seconds[name] = run_stage(name, program, [*flags, *watch], steps[name], out, args.processes)
         if name == "tokenizer":
-            codes = [vae_ckpt, f"--out={out / 'codes'}", f"--image_size={SIZE}", f"--seed={SEED}"]
+            codes = [vae_ckpt, f"--out={out / 'codes'}", f"--image_size={SIZE}", f"--seed={SEED}", *cache]
             # FlexVAR's 17 epochs see each crop about twice.
             codes += [f"--crops={min(8, math.ceil(first * 48 / 1300))}", "--shard_images=128", "--batch=128"]
             seconds["codes"] = launch(["-m", "utils.data.code_cache", *DATA, *codes], args.processes)
     began = time.perf_counter()
     report = {
-        **evaluate(runs, kind_of(args.model), out),
+        **evaluate(runs, kind, out),
         "held_out_loss": {name: read_metrics(run, "val/loss")[1][-1] for name, run in runs.items()},
         "model": args.model,
         "steps": steps,

@@ -44,7 +44,7 @@ from experiments.plan_cifar10 import (
 from experiments.quickstart import launch
 from experiments.report_cifar10 import write_report
 from models.scales import ScaleSchedule
-from models.vqvae import to_bytes
+from models.tokenizer import to_bytes
 from models.weights import load_tokenizer
 from utils.config.sampling import EvalConfig
 from utils.config.training import DataConfig

@@ -27,7 +27,7 @@ from experiments.quickstart import (
 from experiments.study_digits import write_table
 from models.sampling import SamplingConfig, sample_codes
 from models.scales import ScaleSchedule
-from models.vqvae import VQVAE
+from models.tokenizer import Tokenizer
 from models.weights import load_flexvar, load_tokenizer
 from utils.reporting.pictures import read_metrics
 from utils.runtime.entry import check_output_directory, entry
@@ -44,7 +44,7 @@ COLUMNS = {
 }
 
 
-def scores(run: Path, vae: VQVAE, judges: dict[int, Judge]) -> dict[str, float]:
+def scores(run: Path, vae: Tokenizer, judges: dict[int, Judge]) -> dict[str, float]:
     """Samples judged as the first side shows them, and as the last one does."""
     model = load_flexvar(run)
     schedule = model.trim(ScaleSchedule.parse(SIDES))
@@ -54,7 +54,9 @@ def scores(run: Path, vae: VQVAE, judges: dict[int, Judge]) -> dict[str, float]:
     found: dict[str, float] = {}
     for names, side in (("first_accuracy", "first_distance"), HYBRID_SIDE), (("class_accuracy", "frechet_distance"), 8):
         with torch.no_grad():
-            images = torch.cat([vae.decode(part, side) for part in codes[side].split(100)])
+            images = torch.cat(
+                [vae.decode_at({side: part}, side, ScaleSchedule((side,))) for part in codes[side].split(100)]
+            )
         score = judges[side].score(images, labels.numpy())
         found |= dict(zip(names, (score["class_accuracy"], score["frechet_distance"]), strict=True))
     return {**found, "finest_loss": read_metrics(run, "val/loss_side/8")[1][-1]}

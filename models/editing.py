@@ -14,27 +14,35 @@ from torch import Tensor
 from models.flexvar import FlexVAR
 from models.sampling import Edit, SamplingConfig, generate
 from models.scales import ScaleSchedule
-from models.vqvae import VQVAE
+from models.tokenizer import Tokenizer
 
 
-def hold_known(vae: VQVAE, images: Tensor, masks: Tensor, schedule: ScaleSchedule, supervision: str = "latent") -> Edit:
+def hold_known(
+    vae: Tokenizer, images: Tensor, masks: Tensor, schedule: ScaleSchedule, supervision: str = "latent"
+) -> Edit:
     """Hold the codes of images (B, 3, H, W) wherever masks (B, 1, H, W; 1 repaints, 0 keeps) let them.
 
     A cell is repainted when more of it than a bound is masked. The bound falls from a half at the coarsest scale,
     whose few cells would else all be lost to a small mask, to nothing at the finest.
     """
-    known = vae.tokenize(images, schedule.sides, supervision)
+    known = vae.known(images, schedule, supervision)
     finest = schedule.sides[-1]
     repaint = {
         s: F.interpolate(masks.float(), size=(s, s), mode="area").flatten(1) > 0.5 * (1 - s / finest)
         for s in schedule.sides
     }  # (B, s²)
-    return lambda s, codes: torch.where(repaint[s], codes, known[s])
+
+    def edit(s: int, codes: Tensor) -> Tensor:
+        codes = torch.where(repaint[s], codes, known.at(s))
+        known.add(s, codes)
+        return codes
+
+    return edit
 
 
 def inpaint(
     model: FlexVAR,
-    vae: VQVAE,
+    vae: Tokenizer,
     images: Tensor,
     masks: Tensor,
     labels: Tensor,
@@ -50,10 +58,12 @@ def inpaint(
         masks: (B, 1, H, W): 1 repaints a pixel, 0 keeps it.
         labels: (B,) class ids. With another class than the image's own this is class-conditional editing; with a
             mask around a smaller picture it is out-painting (`place_on_canvas`).
-        supervision: how the model's training made codes of images: see `VQVAE.tokenize`.
+        supervision: how the model's training made codes of images: see `Tokenizer.tokenize`.
 
     Returns: (B, 3, H, W) in [-1, 1].
     """
+    if draw.more_smooth:
+        raise ValueError("more_smooth is for pictures from scratch: painting holds codes")
     side = schedule.sides[-1] * vae.config.factor
     if images.shape[-2:] != (side, side):
         raise ValueError(f"these scales make {side}×{side} images, got one of {tuple(images.shape[-2:])}")

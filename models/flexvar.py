@@ -6,9 +6,10 @@ Legend: B batch, L tokens of a schedule, V codebook rows, D codebook width, C wi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from models.head import CategoricalHead, Prediction, Sampler
 from models.layers import Attend, Block, CachedAttention, HeadNorm, ScaleCausalAttention
-from models.scales import ScaleSchedule, UpsamplingPathway
+from models.scales import Pathway, ScaleSchedule
+from models.vqvae import VQVAEConfig
 
 POSITION_SIDE = 32  # side of the learned position map, resized to each scale
 
@@ -52,7 +54,34 @@ class FlexVARConfig:
 
     # What the other files ask of a generator: see `models/generators.py`.
     flags: ClassVar[tuple[type, ...]] = ()  # dataclasses of the flags of train.py that only this generator reads
-    goes_with: ClassVar[dict[str, tuple[str, ...]]] = {}  # flag of train.py → the values that it goes with
+    goes_with: ClassVar[dict[str, tuple[str, ...]]] = {
+        "rollout_canvas": ("accumulated",),
+        "csf_target": ("teacher", "ground_truth", "teacher_soft"),
+    }  # flag of train.py → the values that it goes with
+
+    pathway: ClassVar[str] = "upsampling"  # of the tokenizers that it goes with
+    released_tokenizer: ClassVar[str] = "pretrained/FlexVAE.pth"
+    released_max_pn: ClassVar[int | None] = 16  # sides that released models are sampled at: see `SamplingConfig`
+
+    ramp_end: ClassVar[int] = 9  # number of the scale at which ramp guidance reaches its scale, at the latest
+
+    @property
+    def only_schedule(self) -> ScaleSchedule | None:
+        """The schedule that the weights belong to; None: any."""
+        return None
+
+    def check_tokenizer(self, vae: VQVAEConfig, ckpt: str | Path, vae_ckpt: str | Path) -> None:
+        """Raises ValueError when the model of `ckpt` cannot go with the tokenizer of `vae_ckpt`."""
+        if vae.pathway != self.pathway:
+            raise ValueError(
+                f"{ckpt} needs a tokenizer of the {self.pathway} pathway, like {self.released_tokenizer}; "
+                f"{vae_ckpt} is of the {vae.pathway} one"
+            )
+        if (vae.codebook_size, vae.codebook_dim) != (self.codebook_size, self.codebook_dim):
+            raise ValueError(
+                f"{ckpt} predicts codes of a {self.codebook_size} × {self.codebook_dim} codebook, "
+                f"{vae_ckpt} has one of {vae.codebook_size} × {vae.codebook_dim}"
+            )
 
     @classmethod
     def from_flags(cls, flags: object, **sizes: Any) -> FlexVARConfig:
@@ -108,14 +137,23 @@ class FlexVAR(nn.Module):
         width = config.width
         self.class_emb = nn.Embedding(config.num_classes + 1, width)  # the last row is the unconditional class
         self.pos_start = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_1LC = nn.Parameter(torch.empty(1, width, POSITION_SIDE, POSITION_SIDE))
         self.word_embed = nn.Linear(config.codebook_dim, width)
-        drop_paths = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(Block(width, config.heads, p) for p in drop_paths)
+        self.make_parts()
         self.head_nm = HeadNorm(width)
         self.head = CategoricalHead(width, config.codebook_size)
         self.checkpoint_activations = False  # keep only the blocks' inputs for backward, and compute the rest again
         self.init_weights()
+
+    def make_parts(self) -> None:
+        """The map of positions, and the blocks."""
+        width, heads = self.config.width, self.config.heads
+        self.pos_1LC = nn.Parameter(torch.empty(1, width, POSITION_SIDE, POSITION_SIDE))
+        self.make_blocks(lambda drop_path: Block(width, heads, drop_path))
+
+    def make_blocks(self, block: Callable[[float], Block]) -> None:
+        """Blocks, from the drop path of each."""
+        drop_paths = torch.linspace(0, self.config.drop_path, self.config.depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(block(p) for p in drop_paths)
 
     def shard_units(self) -> list[nn.Module]:
         """The parts that fully sharded training gathers one at a time, inner ones first."""
@@ -142,26 +180,35 @@ class FlexVAR(nn.Module):
         | scale_mul_1H11                                   | ln 4                                    |
         | pos_1LC                                          | sines of rows, cosines of columns       |
         """
-        config, width = self.config, self.config.width
-        std = math.sqrt(1 / width / 3)
+        config = self.config
+        std = math.sqrt(1 / config.width / 3)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.trunc_normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.pos_start, std=std)
-        self.pos_1LC.copy_(sinusoids(width, POSITION_SIDE))
+        self.init_positions(std)
         self.head.weight.mul_(0.02)
         self.head_nm.ada_lin[1].weight.mul_(config.aln)
-        for block in self.blocks:
+        for block in cast(Iterable[Block], self.blocks):
             block.attn.proj.weight.div_(math.sqrt(2 * config.depth))
             block.ffn.fc2.weight.div_(math.sqrt(2 * config.depth))
-            block.ada_lin[1].weight[: 2 * width].mul_(config.alng)
-            block.ada_lin[1].weight[2 * width :].mul_(config.aln)
+            self.init_modulation(block)
 
-    def inputs(self, tokens: Tensor, pathway: UpsamplingPathway, schedule: ScaleSchedule) -> Any:
+    def init_positions(self, std: float) -> None:
+        self.pos_1LC.copy_(sinusoids(self.config.width, POSITION_SIDE))
+
+    def init_modulation(self, block: Block) -> None:
+        gates, weight = 2 * self.config.width, block.ada_lin[1].weight
+        weight[:gates].mul_(self.config.alng)
+        weight[gates:].mul_(self.config.aln)
+
+    def inputs(
+        self, tokens: Tensor, pathway: Pathway, schedule: ScaleSchedule, truth: Tensor | None = None, first: int = 1
+    ) -> Any:
         """Tokens of all scales (B, L), true or sampled → inputs of a parallel pass (Eq. 2 and 6): see the pathway."""
-        return pathway.inputs(tokens, schedule)
+        return pathway.inputs(tokens, schedule, truth, first)
 
     def trim(self, schedule: ScaleSchedule) -> ScaleSchedule:
         """The part of a schedule that this model knows: all of it."""
@@ -199,8 +246,7 @@ class FlexVAR(nn.Module):
         x = torch.cat([begin, self.word_embed(inputs.to(self.word_embed.weight.dtype))], dim=1)  # (B, L, C)
         x = x + self.positions(schedule.sides)
         attention = ScaleCausalAttention(schedule, x.device)
-        modulations = [block.ada_lin(condition) for block in self.blocks]
-        x = self.through_blocks(x, modulations, [attention] * len(self.blocks))
+        x = self.through_blocks(x, self.modulations(condition), [attention] * len(self.blocks))
         x = self.head_nm(x[:, schedule.offsets[first] :], self.head_nm.ada_lin(condition))
         return self.answer(x, targets, sampler, features)
 
@@ -217,7 +263,7 @@ class FlexVAR(nn.Module):
         condition = self.class_emb(labels)
         return DecodingState(
             condition,
-            [block.ada_lin(condition) for block in self.blocks],
+            self.modulations(condition),
             self.head_nm.ada_lin(condition),
             [CachedAttention(capacity) for _ in self.blocks],
         )
@@ -237,6 +283,10 @@ class FlexVAR(nn.Module):
     def uniforms_needed(self, schedule: ScaleSchedule) -> int:
         """Uniform numbers that sampling an image takes."""
         return schedule.total
+
+    def modulations(self, condition: Tensor) -> list[Tensor]:
+        """The class embedding (B, C) → what modulates each block (B, 1, 6, C)."""
+        return [block.ada_lin(condition) for block in self.blocks]
 
     def first_scale(self, condition: Tensor, length: int, start: bool) -> Tensor:
         """The class embedding (B, C) at every token of the first scale (B, length, C)."""

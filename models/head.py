@@ -63,6 +63,8 @@ class Prediction(NamedTuple):
 class CategoricalHead(nn.Linear):
     """Features (…, C) → logits (…, V) over the codebook."""
 
+    label_smoothing = 0.0  # in training: the share of a target's probability that goes to all tokens alike
+
     def predict(
         self, features: Tensor, targets: Tensor, sampler: Sampler | None = None, mask: Tensor | None = None
     ) -> Prediction:
@@ -77,7 +79,10 @@ class CategoricalHead(nn.Linear):
             sampler: sample tokens from the same logits, too.
             mask: (B, L) tokens that count; None: all.
         """
-        found = ChunkedLoss.apply(features, self.weight, self.bias, targets, sampler, mask, torch.is_grad_enabled())
+        smoothing = self.label_smoothing if self.training else 0.0
+        found = ChunkedLoss.apply(
+            features, self.weight, self.bias, targets, sampler, mask, smoothing, torch.is_grad_enabled()
+        )
         return Prediction(*found, mask)  # type: ignore[call-arg]
 
 
@@ -92,14 +97,21 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     return values.float().mean() if mask is None else (values * mask).sum() / mask.sum()
 
 
-def loss_and_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, n, V), and tokens (B, n) or logits (B, n, V) → losses (B, n) and gradients (B, n, V), in fp32."""
+def loss_and_gradient(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Logits (B, n, V), and tokens (B, n) or logits (B, n, V) → losses (B, n) and gradients (B, n, V), in fp32.
+
+    `smoothing` gives tokens' distribution that much of the uniform one.
+    """
     log_p = logits.float().log_softmax(-1)
     if target.ndim == 2:
         index = target.unsqueeze(-1)
         losses = -log_p.gather(-1, index).squeeze(-1)
+        if smoothing:
+            losses = (1 - smoothing) * losses - smoothing * log_p.mean(-1)
         gradient = log_p.exp_()
-        return losses, gradient.scatter_add_(-1, index, torch.full_like(losses, -1.0).unsqueeze(-1))
+        if smoothing:
+            gradient -= smoothing / logits.shape[-1]
+        return losses, gradient.scatter_add_(-1, index, torch.full_like(losses, smoothing - 1).unsqueeze(-1))
     log_q = target.float().log_softmax(-1)
     q = log_q.exp()
     return (q * (log_q - log_p)).sum(-1), log_p.exp_().sub_(q)
@@ -117,6 +129,7 @@ class ChunkedLoss(torch.autograd.Function):
         targets: Tensor,
         sampler: Sampler | None,
         mask: Tensor | None,
+        smoothing: float,
         gradients: bool,
     ) -> tuple[Tensor | None, ...]:
         kind = features.device.type
@@ -135,7 +148,7 @@ class ChunkedLoss(torch.autograd.Function):
                 target = targets[:, start:end]
                 wanted = target if target.ndim == 2 else target.argmax(-1)
                 correct[:, start:end] = logits.argmax(-1) == wanted
-                losses[:, start:end], gradient = loss_and_gradient(logits, target)
+                losses[:, start:end], gradient = loss_and_gradient(logits, target, smoothing)
                 if gradients:
                     gradient = gradient if mask is None else gradient.mul_(mask[:, start:end, None])
                     gradient = gradient.to(dtype).flatten(0, 1)  # (rows, V)
@@ -155,7 +168,7 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, d_mean: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         scale = d_mean / ctx.count
         found = (g.to(dtype) * scale for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return *found, None, None, None, None
+        return *found, None, None, None, None, None
 
 
 class Samples:
@@ -215,11 +228,20 @@ def sample_tokens(logits: Tensor, top_k: int, top_p: float, uniforms: Tensor | N
 
     Returns: (…,) int64.
     """
+    if top_k == 1:
+        return logits.argmax(-1)
+    # float64: a parallel float32 sum is not quite monotone, and could land on a token that was cut.
+    cumulative = kept_weights(logits, top_k, top_p).double().cumsum(-1)
+    target = (1 - uniforms.double().unsqueeze(-1)) * cumulative[..., -1:]  # in (0, total]
+    # Past the end only when a logit is not a number: a token all the same, so that the loss can tell.
+    return torch.searchsorted(cumulative, target).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+
+
+def kept_weights(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits (…, V) → exp(logit - largest logit) of the tokens that top-k and top-p keep, 0 of the others."""
     vocabulary = logits.shape[-1]
     if not 0 <= top_p <= 1 or top_k < 0:
         raise ValueError(f"need top_k ≥ 0 and 0 ≤ top_p ≤ 1, got {top_k} and {top_p}")
-    if top_k == 1:
-        return logits.argmax(-1)
     logits = logits.float()
     weights = (logits - logits.amax(-1, keepdim=True)).exp_()  # the largest is 1
     nucleus = 0 < top_p < 1
@@ -233,11 +255,7 @@ def sample_tokens(logits: Tensor, top_k: int, top_p: float, uniforms: Tensor | N
             kept = (before < top_p * mass).sum(-1, keepdim=True)
             cut = ranked.gather(-1, kept.clamp_(min=1) - 1)
         weights = weights.masked_fill_(weights < cut, 0)
-    # float64: a parallel float32 sum is not quite monotone, and could land on a token that was cut.
-    cumulative = weights.double().cumsum(-1)
-    target = (1 - uniforms.double().unsqueeze(-1)) * cumulative[..., -1:]  # in (0, total]
-    # Past the end only when a logit is not a number: a token all the same, so that the loss can tell.
-    return torch.searchsorted(cumulative, target).squeeze(-1).clamp_(max=vocabulary - 1)
+    return weights
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -22,7 +22,7 @@ from models.flexvar import DecodingState, FlexVAR, FlexVARConfig
 from models.head import Prediction, Sampler, guide, sample_tokens
 from models.layers import attend
 from models.sampling import SamplingConfig
-from models.scales import ScaleSchedule, UpsamplingPathway
+from models.scales import Pathway, ScaleSchedule
 
 SHARE_MEAN, SHARE_DEVIATION, SHARE_LEAST = 1.0, 0.25, 0.7  # of the hidden positions: a normal cut to [least, 1]
 
@@ -57,6 +57,7 @@ class HybridConfig(FlexVARConfig):
 
     flags = (HybridFlags,)
     goes_with: ClassVar[dict[str, tuple[str, ...]]] = {
+        **FlexVARConfig.goes_with,
         "schedule": ("fixed",),
         "training_mode": ("teacher_forcing", "csfl"),
         "ssr": ("all",),
@@ -112,7 +113,14 @@ class HybridVAR(FlexVAR):
 
     # ------------------------------------------------------------------------------------------ training
 
-    def inputs(self, tokens: Tensor, pathway: UpsamplingPathway, schedule: ScaleSchedule) -> MaskedInputs:
+    def inputs(
+        self,
+        tokens: Tensor,
+        pathway: Pathway,
+        schedule: ScaleSchedule,
+        truth: Tensor | None = None,
+        first: int = 1,
+    ) -> MaskedInputs:
         """Tokens (B, L) → inputs of the finer sides, and the first side's codes with some positions hidden.
 
         In training the share that is hidden is drawn anew, the same for all images; in evaluation all are. Which
@@ -121,7 +129,7 @@ class HybridVAR(FlexVAR):
         share = draw_share() if self.training else 1.0
         return self.mask(tokens, pathway, schedule, share)
 
-    def mask(self, tokens: Tensor, pathway: UpsamplingPathway, schedule: ScaleSchedule, share: float) -> MaskedInputs:
+    def mask(self, tokens: Tensor, pathway: Pathway, schedule: ScaleSchedule, share: float) -> MaskedInputs:
         """`inputs` with a share of the first side's positions, rounded up, hidden."""
         n, m = schedule.lengths[0], math.ceil(share * schedule.lengths[0])
         positions = torch.rand(len(tokens), n, device=tokens.device).argsort(1)[:, :m]  # (B, m)
@@ -154,8 +162,7 @@ class HybridVAR(FlexVAR):
             shifted = inputs.shifted[:, : schedule.total - schedule.lengths[0]]
             parts += [token, self.word_embed(shifted.to(self.word_embed.weight.dtype)) + self.positions(finer)]
         attention = HybridAttention(groups, schedule.lengths[1:], self.config.cross_scale)
-        modulations = [block.ada_lin(condition) for block in self.blocks]
-        x = self.through_blocks(torch.cat(parts, dim=1), modulations, [attention] * len(self.blocks))
+        x = self.through_blocks(torch.cat(parts, dim=1), self.modulations(condition), [attention] * len(self.blocks))
         if first == 0:
             x = torch.cat([x[:, 1 : groups[0]], x[:, groups[0] + 1 :]], dim=1)  # (B, L, C)
         else:
@@ -182,7 +189,7 @@ class HybridVAR(FlexVAR):
         return schedule.total + schedule.lengths[0]
 
     def unmask_first_scale(
-        self, state: DecodingState, pathway: UpsamplingPathway, draw: SamplingConfig, uniforms: Tensor, order: Tensor
+        self, state: DecodingState, pathway: Pathway, draw: SamplingConfig, uniforms: Tensor, order: Tensor
     ) -> Tensor:
         """Codes of the first side (B, n), revealed in `draw.fill_steps` steps, in each image's own random order.
 

@@ -170,17 +170,23 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and FFN, each modulated, gated and dropped as a path with probability `drop_path`."""
+    """Attention and FFN, each modulated, gated and dropped as a path with probability `drop_path`.
 
-    def __init__(self, width: int, heads: int, drop_path: float):
+    Without `own_modulation` it only holds what it adds to a modulation that all blocks share (`ada_gss`).
+    """
+
+    def __init__(self, width: int, heads: int, drop_path: float, own_modulation: bool = True):
         super().__init__()
         self.attn = SelfAttention(width, heads)
         self.ffn = FFN(width)
-        self.ada_lin = AdaLinear(width, 6)
+        if own_modulation:
+            self.ada_lin = AdaLinear(width, 6)
+        else:
+            self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, width))
         self.drop_path = drop_path
 
     def forward(self, x: Tensor, modulation: Tensor, attention: Attend) -> Tensor:
-        """x (B, L, C), modulation = ada_lin(condition) (B, 1, 6, C) → (B, L, C)."""
+        """x (B, L, C), modulation (B, 1, 6, C) → (B, L, C)."""
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)  # (B, 1, C) each
         q, k, v = self.before_attention(x, scale1, shift1)
         gate1, gate2 = self.keep_path(gate1), self.keep_path(gate2)

@@ -15,16 +15,14 @@ from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from models.class_names import default_names, find_class
 from models.editing import inpaint, place_on_canvas
-from models.flexvar import FlexVAR
-from models.generators import config_of
+from models.flexvar import FlexVAR, FlexVARConfig
+from models.generators import config_of, tokenizer_of
 from models.sampling import TOP_K, TOP_P, Edit, Guidance, Kind, SamplingConfig, sample_codes
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
-from models.vqvae import VQVAE, VQVAEConfig, to_bytes
+from models.tokenizer import Tokenizer, to_bytes
 from utils.runtime.entry import check_output_directory, entry
 from utils.runtime.flags import Parser
 from utils.runtime.image_files import upright_rgb
-
-RELEASED_MAX_PN = 16  # see `SamplingConfig`: sides that released models are sampled at
 
 Classes = str | int | Sequence[str | int]
 
@@ -53,13 +51,13 @@ class SARPipeline(
         sides: Sequence[int],
         class_names: Sequence[str] | None = None,
         supervision: str = "latent",
-        max_pn: int | None = RELEASED_MAX_PN,
+        max_pn: int | None = FlexVARConfig.released_max_pn,
     ):
-        """`supervision`: how training made codes of images, see `VQVAE.tokenize`. `max_pn`: see `SamplingConfig`; None
-        for models that are none of the released ones."""
+        """`supervision`: how training made codes of images, see `Tokenizer.tokenize`. `max_pn`: see `SamplingConfig`;
+        None for models that are none of the released ones."""
         super().__init__()
         self.supervision, self.max_pn = supervision, max_pn
-        self.vae = VQVAE(VQVAEConfig(**{**tokenizer, "width_mult": tuple(tokenizer["width_mult"])}))
+        self.vae = tokenizer_of(tokenizer).build()
         self.model = config_of(transformer).build()
         self.schedule = self.model.trim(ScaleSchedule(tuple(sides)))
         self.class_names = list(class_names or default_names(self.model.config.num_classes))
@@ -70,7 +68,7 @@ class SARPipeline(
     @classmethod
     def of(
         cls,
-        vae: VQVAE,
+        vae: Tokenizer,
         model: FlexVAR,
         schedule: ScaleSchedule,
         class_names: Sequence[str] | None = None,
@@ -106,20 +104,18 @@ class SARPipeline(
         from models.weights import digest_of, load_flexvar, load_tokenizer  # here, since these build models too
 
         run, named = find_run(ckpt), bool(vae_ckpt)
-        vae_ckpt = vae_ckpt or (run and run.tokenizer) or "pretrained/FlexVAE.pth"
-        model, vae = load_flexvar(ckpt), load_tokenizer(vae_ckpt)
-        if vae.codebook.shape != (model.config.codebook_size, model.config.codebook_dim):
-            raise ValueError(
-                f"{ckpt} predicts codes of a {model.config.codebook_size} × {model.config.codebook_dim} codebook, "
-                f"{vae_ckpt} has one of {vae.config.codebook_size} × {vae.config.codebook_dim}"
-            )
+        model = load_flexvar(ckpt)
+        vae_ckpt = vae_ckpt or (run and run.tokenizer) or model.config.released_tokenizer
+        vae = load_tokenizer(vae_ckpt)
+        model.config.check_tokenizer(vae.config, ckpt, vae_ckpt)
         if run is not None:
             run.check_tokenizer(digest_of(vae), str(vae_ckpt), named)
         tokenizer_run = find_run(vae_ckpt)
-        schedule = schedule or (run and run.schedule) or (tokenizer_run and tokenizer_run.schedule) or DEFAULT_SCHEDULE
+        schedule = schedule or (run and run.schedule) or model.config.only_schedule
+        schedule = schedule or (tokenizer_run and tokenizer_run.schedule) or DEFAULT_SCHEDULE
         class_names = class_names or (run and run.class_names) or None
         if run is None:
-            return cls.of(vae, model, schedule, class_names, max_pn=RELEASED_MAX_PN)
+            return cls.of(vae, model, schedule, class_names, max_pn=model.config.released_max_pn)
         return cls.of(vae, model, schedule, class_names, run.supervision)
 
     @classmethod
@@ -164,9 +160,10 @@ class SARPipeline(
         top_p: float = TOP_P,
         fill_steps: int = 8,
         max_pn: int = 0,
+        more_smooth: bool = False,
     ) -> SamplingConfig:
         """Settings this model is sampled with. max_pn 0 is its own: 16 for released weights, no bound for others."""
-        return SamplingConfig(Guidance(guidance, cfg), top_k, top_p, max_pn or self.max_pn, fill_steps)
+        return SamplingConfig(Guidance(guidance, cfg), top_k, top_p, max_pn or self.max_pn, fill_steps, more_smooth)
 
     def greedy_sides(self, draw: SamplingConfig) -> str:
         """A line on the sides that the released models' rule takes greedily; empty when there are none."""
@@ -193,8 +190,8 @@ class SARPipeline(
     ) -> dict[int, Tensor]:
         """Codes {side: (B, s²)} of n images of each class. Image i is drawn from seed + i.
 
-        options: cfg 2.5, guidance "ramp", top_k 900, top_p 0.95, max_pn, fill_steps 8 (of models that read it): see
-        `drawing`.
+        options: cfg 2.5, guidance "ramp", top_k 900, top_p 0.95, max_pn; of models that read them fill_steps 8,
+        more_smooth: see `drawing`.
         """
         labels = self.labels(classes, n)
         seeds = range(seed, seed + len(labels))
@@ -205,13 +202,14 @@ class SARPipeline(
     def __call__(self, classes: Classes, **options) -> list[Image.Image]:
         """Images of the classes; the options are those of `codes`."""
         codes = self.codes(classes, **options)
-        return to_pil(self.vae.decode_at(codes, max(codes)))
+        return to_pil(self.vae.decode_at(codes, max(codes), ScaleSchedule(tuple(codes))))
 
     @torch.no_grad()
     def steps(self, classes: Classes, **options) -> dict[int, list[Image.Image]]:
-        """The images as they stand after each scale, at its own resolution; the options are those of `codes`."""
+        """The images as they stand after each scale; the options are those of `codes`."""
         codes = self.codes(classes, **options)
-        return {s: to_pil(self.vae.decode_at(codes, s)) for s in codes}
+        schedule = ScaleSchedule(tuple(codes))
+        return {s: to_pil(self.vae.decode_at(codes, s, schedule)) for s in codes}
 
     def inpaint(
         self, image: Image.Image, mask: Image.Image, classes: Classes, n: int = 1, seed: int = 0, **options

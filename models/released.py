@@ -11,6 +11,7 @@ from torch import Tensor
 from models.flexvar import FlexVAR, FlexVARConfig
 from models.sampling import Guidance, SamplingConfig, generate
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
+from models.tokenizer import Tokenizer
 from models.vqvae import VQVAE, VQVAEConfig
 
 
@@ -19,7 +20,7 @@ class ReleasedFlexVAR(FlexVAR):
 
     def autoregressive_infer_cfg(
         self,
-        vqvae: VQVAE,
+        vqvae: Tokenizer,
         B: int,
         label_B: int | Sequence[int] | Tensor | None = None,
         g_seed: int | None = None,
@@ -62,7 +63,7 @@ def build_vae_var(
     num_classes: int = 1000,
     depth: int = 16,
     vae_ckpt: str | Path | None = None,
-) -> tuple[VQVAE, ReleasedFlexVAR]:
+) -> tuple[Tokenizer, ReleasedFlexVAR]:
     """A tokenizer (with the weights of `vae_ckpt`, if given) and a transformer with initial weights.
 
     Args:

@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.scales import ScaleSchedule
+from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 from utils.runtime.checkpoint import last_invariants
 from utils.runtime.files import read_json
 
@@ -29,7 +29,7 @@ class RunRecord:
 
     @property
     def supervision(self) -> str:
-        """The way its training made codes of images: see `VQVAE.tokenize`."""
+        """The way its training made codes of images: see `Tokenizer.tokenize`."""
         return self.content["model"].get("supervision", "latent")
 
     @property
@@ -90,3 +90,9 @@ def find_run(path: str | Path) -> RunRecord | None:
         if isinstance(content.get("model"), dict) and isinstance(content["model"].get("pn"), str):
             return RunRecord(place, content)
     return None
+
+
+def schedule_of(pn: str, vae_ckpt: str | Path) -> ScaleSchedule:
+    """The scales that a text names; an empty one: those of the tokenizer's run, or the default ones."""
+    run = None if pn else find_run(vae_ckpt)
+    return ScaleSchedule.parse(pn) if pn else (run and run.schedule) or DEFAULT_SCHEDULE

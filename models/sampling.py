@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from models.flexvar import DecodingState, FlexVAR, check_labels
 from models.head import guide, sample_tokens
-from models.scales import ScaleSchedule, UpsamplingPathway
-from models.vqvae import VQVAE
+from models.scales import Pathway, ScaleSchedule
+from models.tokenizer import Tokenizer
 
 # Sides that released models were tuned to sample at; any other is taken greedily.
 SAMPLED_SIDES = frozenset({1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32})
@@ -25,6 +25,7 @@ TOP_K, TOP_P = 900, 0.95  # of the paper's evaluation and rollouts
 
 Kind = Literal["ramp", "half_ramp", "constant", "none"]
 Edit = Callable[[int, Tensor], Tensor]  # side, sampled codes (B, s²) → codes that go on
+Soften = Callable[[int, Tensor], Tensor]  # number of a scale, its guided logits (B, s², V) → embeddings (B, s², D)
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Guidance:
 
     | kind      | w at scale i of K (from 0)              | used by                         |
     |-----------|------------------------------------------|---------------------------------|
-    | ramp      | scale · i / min(K−1, 9)                  | evaluation                      |
+    | ramp      | scale · i / min(K−1, 9), of VAR i / (K−1)| evaluation                      |
     | half_ramp | scale · 0.5·(1 + i/(K−1)), if scale > 1  | rollouts in training            |
     | constant  | scale − 1                                | the released notebook           |
     | none      | 0                                        |                                 |
@@ -46,13 +47,13 @@ class Guidance:
         if self.kind not in ("ramp", "half_ramp", "constant", "none"):
             raise ValueError(f"guidance {self.kind!r} is none of ramp, half_ramp, constant, none")
 
-    def weight(self, i: int, sides: Sequence[int], max_pn: int | None = None) -> float:
-        """w at scale i of a schedule. With ramp guidance, sides above max_pn use the full scale."""
+    def weight(self, i: int, sides: Sequence[int], max_pn: int | None = None, ramp_end: int = 9) -> float:
+        """w at scale i of a schedule. Ramp guidance is full at sides above max_pn, and at scale `ramp_end`."""
         last = len(sides) - 1
         if self.kind == "ramp":
             if max_pn is not None and sides[i] > max_pn:
                 return self.scale
-            return self.scale * i / min(last, 9) if last else 0.0
+            return self.scale * i / min(last, ramp_end) if last else 0.0
         if self.kind == "half_ramp":
             return self.half_ramp(i / last if last else 0.0)
         return self.scale - 1 if self.kind == "constant" else 0.0
@@ -61,9 +62,9 @@ class Guidance:
         """w of half-ramp guidance of this scale, whatever the kind; 0 where there is no guidance."""
         return self.scale * 0.5 * (1 + progress) if self.scale > 1 and self.kind != "none" else 0.0
 
-    def weights(self, sides: Sequence[int], max_pn: int | None = None) -> list[float]:
+    def weights(self, sides: Sequence[int], max_pn: int | None = None, ramp_end: int = 9) -> list[float]:
         """w at every scale."""
-        return [self.weight(i, sides, max_pn) for i in range(len(sides))]
+        return [self.weight(i, sides, max_pn, ramp_end) for i in range(len(sides))]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class SamplingConfig:
     top_p: float = 0.0
     max_pn: int | None = None
     fill_steps: int = 8  # of a model that fills its first side step by step
+    more_smooth: bool = False  # of a residual pathway: mixed embeddings instead of drawn ones, for pictures
 
     def greedy(self, s: int) -> bool:
         """True where the released models' rule takes side s greedily."""
@@ -106,21 +108,22 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 def generate_scales(
     model: FlexVAR,
-    pathway: UpsamplingPathway,
+    pathway: Pathway,
     labels: Tensor,
     schedule: ScaleSchedule,
     draw: SamplingConfig,
     uniforms: Tensor,
     edit: Edit | None = None,
+    soften: Soften | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Sample scale by scale: cached forward → guidance → top-k/top-p → codes → canvas.
 
     Yields (side, codes (B, s²)) coarse to fine. `edit` may replace the codes of a scale before they are yielded and
     put on the canvas. The caller sees to evaluation mode and to `no_grad`, and supplies uniform numbers: (B, L), or as
-    many as the model's `uniforms_needed` says.
+    many as the model's `uniforms_needed` says. `soften` makes embeddings (B, s², D), which take the place of codes.
     """
     sides = schedule.sides
-    weights = draw.guidance.weights(sides, draw.max_pn)
+    weights = draw.guidance.weights(sides, draw.max_pn, model.config.ramp_end)
     guided = any(weights) or (model.unmasks_first_scale and draw.guidance.half_ramp(1.0) > 0)
     if guided:  # conditional half, then unconditional half
         labels = torch.cat([labels, torch.full_like(labels, model.null_class)])
@@ -133,7 +136,10 @@ def generate_scales(
         else:
             logits = one_scale(model, state, inputs, s, weights[i], len(uniforms))
             top_k = 1 if draw.greedy(s) else draw.top_k
-            codes = sample_tokens(logits, top_k, draw.top_p, uniforms[:, schedule.span(i)])
+            if soften is None:
+                codes = sample_tokens(logits, top_k, draw.top_p, uniforms[:, schedule.span(i)])
+            else:
+                codes = soften(i, logits)
         if edit is not None:
             codes = edit(s, codes)
         yield s, codes
@@ -153,7 +159,7 @@ def one_scale(model: FlexVAR, state: DecodingState, inputs: Tensor | None, s: in
 @torch.no_grad()
 def sample_codes(
     model: FlexVAR,
-    pathway: UpsamplingPathway,
+    pathway: Pathway,
     labels: Tensor,
     schedule: ScaleSchedule,
     draw: SamplingConfig,
@@ -168,8 +174,9 @@ def sample_codes(
     device, schedule = model.pos_start.device, model.trim(schedule)
     uniforms = image_uniforms(seeds, model.uniforms_needed(schedule), device)
     codes: dict[int, Tensor] = {}
+    soften = pathway.soften(schedule, draw, seeds) if draw.more_smooth else None
     with evaluating(model):
-        for s, codes[s] in generate_scales(model, pathway, labels.to(device), schedule, draw, uniforms, edit):
+        for s, codes[s] in generate_scales(model, pathway, labels.to(device), schedule, draw, uniforms, edit, soften):
             if s == until:
                 break
     return codes
@@ -178,7 +185,7 @@ def sample_codes(
 @torch.no_grad()
 def generate(
     model: FlexVAR,
-    vae: VQVAE,
+    vae: Tokenizer,
     labels: Tensor,
     schedule: ScaleSchedule,
     sampling: SamplingConfig,
@@ -198,4 +205,4 @@ def generate(
     """
     codes = sample_codes(model, vae.pathway, labels, schedule, sampling, seeds, edit)
     with evaluating(vae):
-        return vae.decode_at(codes, schedule.sides[-1])
+        return vae.decode_at(codes, schedule.sides[-1], model.trim(schedule))

@@ -6,9 +6,11 @@ Legend: B batch, L tokens of a schedule, V codebook rows, D codebook width, s si
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -105,24 +107,42 @@ def shift_up(codes: Tensor, codebook_VD: Tensor, s_from: int, s_to: int) -> Tens
     return maps.flatten(2).transpose(1, 2)  # (B, s_to², D)
 
 
-def shift_all(codes: Tensor, codebook_VD: Tensor, schedule: ScaleSchedule) -> Tensor:
-    """Codes of all scales (B, L) → inputs of scales 2…N (B, L - s₁², D), each from the scale before it.
+def shift_all(codes: Tensor, codebook_VD: Tensor, schedule: ScaleSchedule, first: int = 1) -> Tensor:
+    """Codes of all scales (B, L) → inputs (B, n, D) of the scales from number `first` on, each from the one before it.
 
     The codes of the last scale are not used.
     """
-    parts = schedule.split(codes)
-    sides = schedule.sides
-    shifted = [shift_up(part, codebook_VD, a, b) for part, a, b in zip(parts[:-1], sides[:-1], sides[1:], strict=True)]
+    sides, parts = schedule.sides, schedule.split(codes)
+    shifted = [shift_up(parts[i - 1], codebook_VD, *sides[i - 1 : i + 1]) for i in range(first, len(sides))]
     if not shifted:
         return codebook_VD.new_empty(len(codes), 0, codebook_VD.shape[1])
     return torch.cat(shifted, dim=1)
 
 
-class UpsamplingPathway:
-    """The upsampling pathway (paper, Sec. 3.1): a scale's tokens are codes of its own, and feed the next scale alone.
+class Pathway(Protocol):
+    """Meaning of a tokenizer's tokens: how they feed the next scale, in a parallel pass and in sampling."""
 
-    A pathway is the tokenizer's, and says what tokens mean: `inputs`, for a parallel pass, and `canvas`, for sampling.
-    """
+    def embed(self, codes: Tensor) -> Tensor: ...
+
+    def inputs(
+        self, tokens: Tensor, schedule: ScaleSchedule, truth: Tensor | None = None, first: int = 1
+    ) -> Tensor: ...
+
+    def feeds(self, i: int) -> int: ...
+
+    def soften(self, schedule: ScaleSchedule, draw: Any, seeds: Sequence[int]) -> Callable[[int, Tensor], Tensor]: ...
+
+    def canvas(self, schedule: ScaleSchedule) -> Canvas: ...
+
+
+class Canvas(Protocol):
+    """Scales as they are sampled, coarse to fine."""
+
+    def add(self, i: int, codes: Tensor) -> Tensor | None: ...
+
+
+class UpsamplingPathway:
+    """The upsampling pathway (paper, Sec. 3.1): a scale's tokens are codes of its own, and feed the next alone."""
 
     def __init__(self, codebook_VD: Tensor):
         self.codebook = codebook_VD
@@ -131,9 +151,20 @@ class UpsamplingPathway:
         """Codes (B, n) → their embeddings (B, n, D)."""
         return F.embedding(codes, self.codebook)
 
-    def inputs(self, tokens: Tensor, schedule: ScaleSchedule) -> Tensor:
-        """Tokens of all scales (B, L), true or sampled → inputs of scales 2…N (B, L - s₁², D): Eq. 2 and 6."""
-        return shift_all(tokens, self.codebook, schedule)
+    def inputs(self, tokens: Tensor, schedule: ScaleSchedule, truth: Tensor | None = None, first: int = 1) -> Tensor:
+        """Tokens of all scales (B, L), true or sampled → inputs (B, n, D) of scales number `first` on (Eq. 2, 6).
+
+        `truth`: the true tokens (B, L), for pathways in which a scale's input is made of more than the scale before it.
+        """
+        return shift_all(tokens, self.codebook, schedule, first)
+
+    def feeds(self, i: int) -> int:
+        """Number of the first scale whose tokens the inputs of scale i are made of."""
+        return i - 1
+
+    def soften(self, schedule: ScaleSchedule, draw: Any, seeds: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
+        """Raises ValueError: see the residual pathway."""
+        raise ValueError("more_smooth mixes embeddings, which a residual pathway takes and this one does not")
 
     def canvas(self, schedule: ScaleSchedule) -> UpsamplingCanvas:
         """An empty canvas, for sampling to fill."""

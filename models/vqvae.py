@@ -5,18 +5,16 @@ Legend: B batch, C channels, H × W pixels, h × w latent sides, D codebook widt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.scales import UpsamplingPathway
-
-NEAREST_AT_ONCE = 1024  # vectors compared with the whole codebook at a time
-CACHED = 2**23  # values of a feature map that fit into a CPU's cache
+from models.scales import ScaleSchedule, UpsamplingPathway
+from models.tokenizer import Quantised, Tokenizer, nearest_rows
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,62 @@ class VQVAEConfig:
     codebook_size: int = 8912
     codebook_dim: int = 32
 
+    def __post_init__(self):
+        object.__setattr__(self, "width_mult", tuple(self.width_mult))  # a list, where it was JSON
+
     @property
     def factor(self) -> int:
         """Pixels of an image side for each latent."""
         return 2 ** (len(self.width_mult) - 1)
+
+    def build(self) -> Tokenizer:
+        """A tokenizer of these sizes."""
+        return VQVAE(self)
+
+    # What the other files ask of a tokenizer: see `models/generators.py`.
+    pathway: ClassVar[str] = "upsampling"  # what its codes feed: see `models/scales.py`
+    released: ClassVar[str] = "pretrained/FlexVAE.pth"
+    tied_to_schedule: ClassVar[bool] = False  # True where codes of one schedule say nothing about another
+    unread: ClassVar[tuple[str, ...]] = ()  # flags of train_tokenizer.py that have no effect on it
+
+    @classmethod
+    def from_flags(cls, flags: Any) -> VQVAEConfig:
+        """The config that train_tokenizer.py's flags name."""
+        names = ("base_width", "width_mult", "res_blocks", "z_channels", "codebook_size", "codebook_dim")
+        return cls(**{name: getattr(flags, name) for name in names})
+
+    @classmethod
+    def recognises(cls, weights: Mapping[str, Tensor]) -> bool:
+        """True for the state dict of such a tokenizer."""
+        return "encoder.conv_blocks.0.res.0.conv1.weight" in weights
+
+    @classmethod
+    def sizes_of(cls, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Sizes, read off the tensors of a state dict. Raises KeyError for what is missing."""
+        return sizes_of(weights, "encoder.conv_blocks.{}.res.{}.conv1.weight")
+
+
+def sizes_of(weights: Mapping[str, Tensor], pattern: str) -> dict[str, Any]:
+    """A tokenizer's sizes; `pattern` names the first convolution of a level's residual block."""
+    base = weights["encoder.conv_in.weight"].shape[0]
+    levels = count(weights, lambda i: pattern.format(i, 0))
+    rows, dim = weights["quantize.embedding.weight"].shape
+    return {
+        "base_width": base,
+        "width_mult": tuple(weights[pattern.format(i, 0)].shape[0] // base for i in range(levels)),
+        "res_blocks": count(weights, lambda i: pattern.format(0, i)),
+        "z_channels": weights["encoder.conv_out.weight"].shape[0],
+        "codebook_size": rows,
+        "codebook_dim": dim,
+    }
+
+
+def count(weights: Mapping[str, Tensor], name: Callable[[int], str]) -> int:
+    """Number of name(0), name(1), … there are."""
+    n = 0
+    while name(n) in weights:
+        n += 1
+    return n
 
 
 class GroupNorm(nn.GroupNorm):
@@ -186,17 +236,11 @@ class Quantizer(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """Normalised vectors (…, D) → index of the nearest row (…,) by squared distance, the first on a tie."""
-        with torch.autocast(z.device.type, enabled=False):  # half precision would choose other rows
-            rows, flat = self.rows().float(), z.flatten(0, -2).float()
-            squares, found = rows.square().sum(1), []
-            for part in flat.split(NEAREST_AT_ONCE):
-                distance = part.square().sum(1, keepdim=True) + squares
-                found.append(torch.addmm(distance, part, rows.T, alpha=-2).argmin(dim=1))
-            return torch.cat(found).view(z.shape[:-1])
+        return nearest_rows(z, self.rows())
 
 
-class VQVAE(nn.Module):
-    """Images in [-1, 1] ↔ codes of any side."""
+class VQVAE(Tokenizer):
+    """FlexVAR's: the codes of a side are those of the latent resized to it, and decode by themselves."""
 
     def __init__(self, config: VQVAEConfig | None = None):
         super().__init__()
@@ -214,16 +258,7 @@ class VQVAE(nn.Module):
 
     @property
     def pathway(self) -> UpsamplingPathway:
-        """The pathway of its codes: they feed the next scale."""
         return UpsamplingPathway(self.codebook)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] → latent (B, D, H / factor, W / factor)."""
-        factor = self.config.factor
-        if images.shape[-1] % factor or images.shape[-2] % factor:
-            raise ValueError(f"image sides must be multiples of {factor}, got {tuple(images.shape[-2:])}")
-        parts = images.split(self.at_once(images, images.shape[-2:].numel()))
-        return torch.cat([self.quant_conv(self.encoder(part)) for part in parts])
 
     @staticmethod
     def resize(latent: Tensor, s: int) -> Tensor:
@@ -236,24 +271,19 @@ class VQVAE(nn.Module):
         """Latent (B, D, h, w) → codes of side s (B, s²) int64."""
         return self.quantize.nearest(self.resize(latent, s))
 
-    @torch.no_grad()
-    def tokenize(self, images: Tensor, sides: Sequence[int], supervision: str = "latent") -> dict[int, Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] → their codes at these sides, {s: (B, s²)}.
+    def codes_of_images(self, images: Tensor, sides: Sequence[int], supervision: str) -> dict[int, Tensor]:
+        factor = self.config.factor
+        if supervision == "latent":
+            latent = self.encode(images)
+            return {s: self.codes(latent, s) for s in sides}
+        small = {s: F.interpolate(images, (factor * s, factor * s), mode="area") for s in sides}
+        return {s: self.codes(self.encode(image), s) for s, image in small.items()}
 
-        A scale's codes come from the image's latent, resized by area to the scale ("latent"), or from the latent of the
-        image resized to the scale's resolution ("image"). In full fp32, whatever precision the caller works in.
-        """
-        with torch.autocast(images.device.type, enabled=False), exact_convolutions():
-            images, factor = images.float(), self.config.factor
-            if supervision == "latent":
-                latent = self.encode(images)
-                return {s: self.codes(latent, s) for s in sides}
-            small = {s: F.interpolate(images, (factor * s, factor * s), mode="area") for s in sides}
-            return {s: self.codes(self.encode(image), s) for s, image in small.items()}
-
-    def decode_at(self, codes: Mapping[int, Tensor], s: int) -> Tensor:
-        """Codes of all sides up to s, {side: (B, side²)} → images (B, 3, factor·s, factor·s), raw: see `decode`."""
+    def decode_at(self, codes: Mapping[int, Tensor], s: int, schedule: ScaleSchedule) -> Tensor:
         return self.decode(codes[s], s)
+
+    def pixels(self, s: int, schedule: ScaleSchedule) -> int:
+        return s * self.config.factor
 
     def decode(self, codes: Tensor, s: int) -> Tensor:
         """Codes of side s (B, s²) → images (B, 3, factor·s, factor·s), raw: not clamped to [-1, 1]."""
@@ -261,20 +291,18 @@ class VQVAE(nn.Module):
 
     def decode_vectors(self, vectors: Tensor, s: int) -> Tensor:
         """Normalised vectors (B, s², D) → images (B, 3, factor·s, factor·s), raw."""
-        maps = vectors.transpose(1, 2).unflatten(2, (s, s))  # (B, D, s, s)
-        parts = maps.split(self.at_once(maps, (s * self.config.factor) ** 2))
-        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts])
+        return self.decode_maps(vectors.transpose(1, 2).unflatten(2, (s, s)))  # (B, D, s, s)
 
-    def at_once(self, x: Tensor, pixels: int) -> int:
-        """Number of images of x (B, …) to put through the network at a time: on a CPU, what its cache holds."""
-        return len(x) if x.device.type != "cpu" else max(1, CACHED // (pixels * self.config.base_width))
-
-
-def exact_convolutions() -> AbstractContextManager:
-    """Convolutions in full fp32 on a GPU, whose default is TF32: for codes and features that must not depend on it."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """Images in [-1, 1] → uint8, rounded, on the CPU."""
-    return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).cpu()
+    def quantise(self, images: Tensor, sides: Sequence[int]) -> Quantised:
+        latent, found = self.encode(images), Quantised([], [], [], images.new_zeros(()), images.new_zeros(()))
+        codebook, commitment = [], []
+        for s in sides:
+            z = self.resize(latent, s)  # (B, s², D)
+            codes = self.quantize.nearest(z)
+            rows = F.embedding(codes, self.codebook)
+            codebook.append(F.mse_loss(rows, z.detach()))
+            commitment.append(F.mse_loss(z, rows.detach()))
+            found.codes.append(codes)
+            found.vectors.append(z.flatten(0, 1))
+            found.images.append(self.decode_vectors(z + (rows - z).detach(), s))
+        return found._replace(codebook=torch.stack(codebook).mean(), commitment=torch.stack(commitment).mean())

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from models.flexvar import FlexVAR
-from models.generators import recognise
-from models.vqvae import VQVAE, VQVAEConfig
+from models.generators import recognise, recognise_tokenizer
+from models.tokenizer import Tokenizer
 from pretrained.download import FILES
 from utils.runtime.checkpoint import EMA, MANIFEST, MODEL, newest_checkpoint, runs_below, verify
 from utils.runtime.distributed import shard_like
@@ -25,7 +25,7 @@ StateDict = dict[str, Tensor]
 # Buffers of released transformer files that depend on the schedule a file was saved with: not part of the model.
 KNOWN = {"attn_bias_for_masking"}
 # Buffers that say what a model is, where no shape does.
-LAYOUTS = {"layout"}
+LAYOUTS = {"layout", "lvl_1L"}
 
 
 def find_weights(path: str | Path, name: str = MODEL) -> Path:
@@ -108,35 +108,6 @@ def some(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + rest
 
 
-def tokenizer_config(weights: StateDict, source: str | Path) -> VQVAEConfig:
-    """A tokenizer's sizes, read off its tensors."""
-    try:
-        base = weights["encoder.conv_in.weight"].shape[0]
-        levels = count(weights, "encoder.conv_blocks.{}.res.0.conv1.weight")
-        widths = [weights[f"encoder.conv_blocks.{i}.res.0.conv1.weight"].shape[0] for i in range(levels)]
-        rows, dim = weights["quantize.embedding.weight"].shape
-        return VQVAEConfig(
-            base_width=base,
-            width_mult=tuple(width // base for width in widths),
-            res_blocks=count(weights, "encoder.conv_blocks.0.res.{}.conv1.weight"),
-            z_channels=weights["encoder.conv_out.weight"].shape[0],
-            codebook_size=rows,
-            codebook_dim=dim,
-        )
-    except KeyError as error:
-        raise ValueError(f"{source} is not a tokenizer: it has no {error.args[0]}") from None
-    except (IndexError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{source} is not a tokenizer: {error}") from None
-
-
-def count(weights: StateDict, pattern: str) -> int:
-    """Number of pattern.format(0), pattern.format(1), … there are."""
-    n = 0
-    while pattern.format(n) in weights:
-        n += 1
-    return n
-
-
 def tokenizer_file(path: str | Path) -> Path:
     """The file that a tokenizer is read from. Of a run's directory it is the moving average, where there is one."""
     path = Path(path)
@@ -147,7 +118,7 @@ def tokenizer_file(path: str | Path) -> Path:
     return find_weights(newest, EMA)
 
 
-def load_tokenizer(path: str | Path) -> VQVAE:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """A tokenizer from a file or a tokenizer run's directory: frozen, in evaluation mode, sizes as in the file.
 
     Of a run with a moving average of its weights it is the average. Its weights are laid out channels last, which
@@ -156,7 +127,7 @@ def load_tokenizer(path: str | Path) -> VQVAE:
     path = tokenizer_file(path)
     weights = read_state_dict(path)
     with torch.device("meta"):  # the weights come from the file: draw none
-        vae = VQVAE(tokenizer_config(weights, path))
+        vae = recognise_tokenizer(weights, path).build()
     load_strictly(vae, weights, path, assign=True)
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models import VQVAE, FlexVAR, FlexVARConfig, ScaleSchedule, VQVAEConfig
-from models.flexvar import sinusoids
 from models.pipeline import SARPipeline
 from models.weights import save_weights
+from tests import recipes
 from utils.config.training import TrainConfig
 from utils.runtime.distributed import Ranks
 from utils.runtime.flags import parse
@@ -38,42 +38,17 @@ def manifest() -> dict:
     return json.loads(gzip.decompress((DATA / "checkpoint_manifest.json.gz").read_bytes()))
 
 
-def recipe_value(key: str, shape: torch.Size, noise: Tensor) -> Tensor:
-    """The value of one tensor in the reference models."""
-    if "norm" in key and key.endswith("weight"):
-        return 1 + 0.1 * noise
-    if key.endswith("scale_mul_1H11"):
-        return 1 + 0.5 * noise
-    if key == "pos_1LC":
-        return sinusoids(shape[1], shape[2]) + 0.02 * noise
-    if key.endswith("bias"):
-        return 0.05 * noise
-    if len(shape) == 4:
-        return noise * 1.2 / (shape[1] * shape[2] * shape[3]) ** 0.5
-    if key == "quantize.embedding.weight":
-        return noise
-    return noise / shape[1] ** 0.5 if len(shape) == 2 else 0.08 * noise
-
-
-@torch.no_grad()
 def fill(module: nn.Module, seed: int) -> nn.Module:
-    """Fill a model by the recipe: seeded normals, drawn in the order of the sorted keys."""
-    generator = torch.Generator().manual_seed(seed)
-    state = module.state_dict()
-    for key in sorted(state):
-        if not key.endswith(("attn_bias_for_masking", "zero_k_bias", "codebook_used", "layout")):
-            noise = torch.randn(state[key].shape, generator=generator)
-            state[key].copy_(recipe_value(key, state[key].shape, noise))
-    return module.eval()
+    """Fill a model by FlexVAR's recipe."""
+    return recipes.fill(module, seed, recipes.flexvar_value)
 
 
 @pytest.fixture(scope="session")
 def expected() -> dict[str, Tensor]:
     """What the released implementation computes with the reference models, and the images it was given."""
-    values = load_file(DATA / "tiny_expected.safetensors")
+    values = load_file(DATA / "flexvar/expected.safetensors")
     values = {name: v if v.is_floating_point() else v.long() for name, v in values.items()}  # stored as int16
-    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(13)) * 2 - 1
-    return {"images": images, **values}
+    return {"images": recipes.plain_images(13, 2, 64), "labels": torch.tensor([3, 7]), **values}
 
 
 @pytest.fixture(scope="session")

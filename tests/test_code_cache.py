@@ -23,6 +23,8 @@ from utils.data.datasets import encode_batch, make_loader, open_dataset
 from utils.runtime.distributed import Ranks
 from utils.runtime.files import read_json, write_json
 
+SCHEDULE = ScaleSchedule((1, 2, 4))
+
 
 def flags_of(small_vae_file, out, **changed):
     settings = {"image_size": 16, "crops": 3, "batch": 64, "shard_images": 500, **changed}
@@ -47,7 +49,7 @@ def tiny_vae(small_vae_file):
 def test_codes_equal_those_encoded_on_the_fly(cache, tiny_vae):
     schedule = ScaleSchedule((1, 3, 4))
     for split, epochs in (("train", [0, 1, 2, 5]), ("val", [0, 7])):
-        cached = open_cache(cache, tiny_vae, "latent", 16)[split == "val"]
+        cached = open_cache(cache, tiny_vae, "latent", 16, SCHEDULE)[split == "val"]
         views = open_dataset(DataConfig(dataset="digits"), 16, 0, split)
         assert len(cached) == len(views)
         assert cached.classes == views.classes
@@ -81,7 +83,7 @@ def test_a_run_from_the_cache_equals_one_from_images(cache, flags, tmp_path, mon
 
 
 def test_the_loaders_workers_read_the_same(cache, tiny_vae):
-    cached, keys = open_cache(cache, tiny_vae, "latent", 16)[0], [[(0, 3), (1, 800)], [(2, 5), (0, 1299)]]
+    cached, keys = open_cache(cache, tiny_vae, "latent", 16, SCHEDULE)[0], [[(0, 3), (1, 800)], [(2, 5), (0, 1299)]]
     for a, b in zip(*(make_loader(cached, keys, n, ALONE.device) for n in (0, 2)), strict=True):
         assert torch.equal(a[0], b[0])
         assert torch.equal(a[1], b[1])
@@ -149,11 +151,11 @@ def test_a_killed_build_goes_on_and_ends_the_same(cache, small_vae_file, tmp_pat
 
 def test_a_cache_that_does_not_fit_is_refused(cache, flags, vae, tiny_vae, small_vae_file, tmp_path):
     with pytest.raises(ValueError, match="another tokenizer_sha256"):
-        open_cache(cache, vae, "latent", 16)
+        open_cache(cache, vae, "latent", 16, SCHEDULE)
     with pytest.raises(ValueError, match="another supervision"):
-        open_cache(cache, tiny_vae, "image", 16)
+        open_cache(cache, tiny_vae, "image", 16, SCHEDULE)
     with pytest.raises(ValueError, match="another image_size: 16, not 32"):
-        open_cache(cache, tiny_vae, "latent", 32)
+        open_cache(cache, tiny_vae, "latent", 32, SCHEDULE)
     with pytest.raises(ValueError, match="other settings"):
         build(flags_of(small_vae_file, cache, crops=4), ALONE)
     flags = [f for f in flags if not f.startswith("--dataset")]
@@ -199,9 +201,9 @@ def test_a_folder_of_photographs(tmp_path, small_vae_file, tiny_vae):
         flags = CacheFlags(cache, DataConfig(data_path=str(tmp_path), augment=augment, workers=0))
         with nullcontext() if fits else pytest.raises(ValueError, match="other settings"):
             build(flags, ALONE)
-    cached = open_cache(out, tiny_vae, "latent", 16)[0]
+    cached = open_cache(out, tiny_vae, "latent", 16, SCHEDULE)[0]
     assert cached.classes == ["cat", "dog"]
-    assert open_cache(out, tiny_vae, "latent", 16)[1] is None
+    assert open_cache(out, tiny_vae, "latent", 16, SCHEDULE)[1] is None
     views = open_dataset(DataConfig(data_path=str(tmp_path)), 16, 0, "train")
     for key in ((0, 0), (1, 1)):
         image, label = views[key]

@@ -48,7 +48,7 @@ def test_released_arguments_have_their_released_meaning(vae, model, expected):
     constant = released.autoregressive_infer_cfg(**common, infer_patch_nums=sides, used_llamagen_cfg=True)
     assert torch.equal(constant, vae.decode(expected["sample.greedy.constant1.5.tokens"][:, -16:], 4))
     larger = released.autoregressive_infer_cfg(**common, infer_patch_nums=(1, 2, 3, 4, 6))
-    assert worst(larger, expected["sample.greedy.larger.images"]) < 2e-5
+    assert worst(larger[..., ::8, ::8], expected["sample.greedy.larger.images"]) < 2e-5
     drawn = released.autoregressive_infer_cfg(vae, 2, [3, 7], g_seed=5, cfg=1.5, top_k=20, infer_patch_nums=sides)
     schedule = ScaleSchedule(sides)
     assert torch.equal(

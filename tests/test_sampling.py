@@ -33,7 +33,9 @@ def test_greedy_tokens_and_images_equal_the_released_ones(case, vae, model, expe
     images = generate(model, vae, expected["labels"], schedule, SamplingConfig(guidance, 1), [0, 1])
     assert torch.equal(images, vae.decode(codes[sides[-1]], sides[-1]))
     if f"sample.greedy.{case}.images" in expected:
-        assert worst(images, expected[f"sample.greedy.{case}.images"]) < 2e-5
+        wanted = expected[f"sample.greedy.{case}.images"]
+        stride = images.shape[-1] // wanted.shape[-1]  # a part of the larger ones is stored
+        assert worst(images[..., ::stride, ::stride], wanted) < 2e-5
 
 
 def kept_by_definition(logits, top_k, top_p):

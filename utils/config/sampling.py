@@ -79,6 +79,7 @@ class SampleConfig(DrawConfig):
     captions: bool = True  # class names under the images of the grid
     files: str = ""  # directory for single files, too
     steps: str = ""  # the coarse-to-fine steps, too: a .gif, or a strip in a .png
+    more_smooth: bool = False  # VAR: mix embeddings instead of drawing them, for smoother pictures
     image: str = ""  # a picture to edit
     mask: str = ""  # what to repaint of IMAGE: white in this picture of its size
     outpaint: float = 0.0  # shrink IMAGE to this share of the side and paint around it
@@ -91,11 +92,15 @@ class SampleConfig(DrawConfig):
         if self.image and bool(self.mask) == bool(self.outpaint):
             raise ValueError("--image needs either --mask or --outpaint")
         only_with(self, bool(self.image), "--image", ["mask", "outpaint"])
-        only_with(self, not self.image, "sampling from scratch: leave --image out", ["steps"])
+        only_with(self, not self.image, "sampling from scratch: leave --image out", ["steps", "more_smooth"])
         if not self.out.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
             raise ValueError(f"--out must be a .png, .jpg or .webp file, got {self.out!r}")
         if self.steps and not self.steps.lower().endswith((".gif", ".png")):
             raise ValueError(f"--steps must end in .gif or .png, got {self.steps!r}")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**super().options, "more_smooth": self.more_smooth}
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
+import simple_parsing
+
+from models.generators import TOKENIZERS
 from models.scales import ScaleSchedule
 from utils.config.training import DataConfig, LogConfig, OptimConfig, RunConfig, WatchConfig, check_watch
-from utils.runtime.flags import Flags, at_least, only_with
+from utils.runtime.flags import Flags, at_least, only_with, without
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,8 @@ class TokenizerConfig(Flags):
 
     init_ckpt: str = ""  # weights to start from (a file or a run's directory); empty: from scratch
     image_size: int = 256  # side of the training images
+    quantiser: str = simple_parsing.choice(*TOKENIZERS, default="flexvar")
+    """flexvar: codes of the latent resized to each side; residual: VAR's, each side codes what the coarser ones left"""
     base_width: int = 128  # width of the finest level
     width_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     """width of each level, in base widths; every level but one halves the resolution"""
@@ -93,5 +98,9 @@ class TokenizerTrainConfig(Flags):
     def __post_init__(self):
         super().__post_init__()
         check_watch(self.watch, self.optim)
+        unread = TOKENIZERS[self.model.quantiser].unread
+        for group in (self.model, self.loss):
+            names = [f.name for f in fields(group) if f.name in unread]
+            without(group, True, f"--quantiser {self.model.quantiser}", names)
         if self.loss.disc_weight and self.optim.precision == "fp16":
             raise ValueError("--disc_weight does not go with --precision fp16: use bf16 or fp32")

@@ -22,9 +22,9 @@ class DataConfig(Flags):
     """folder: images in DATA_PATH/train/<class>/*, and val/ beside it; digits: scikit-learn's handwritten digits;
     cifar10: torchvision's, in DATA_PATH."""
     data_path: str = ""  # where the data set lies
-    augment: Literal["crop", "flip"] = "crop"
-    """how a folder's training images vary: ADM's random crop and a flip, or a flip alone (for small images, which the
-    crop would enlarge)"""
+    augment: Literal["crop", "flip", "var"] = "crop"
+    """how a folder's training images vary: ADM's random crop and a flip; a flip alone (for small images, which the crop
+    would enlarge); or as VAR's: a random crop of the image resized to 9/8 of the side, without a flip"""
     workers: int = -1  # loader processes a rank; -1: a core each that the node's ranks leave, up to 8
     on_bad_image: Literal["stop", "skip"] = "stop"
     """a file that is no usable image: stop and name it, or take the next good one and list it in a file"""
@@ -107,6 +107,7 @@ class OptimConfig(Flags):
     wp: float = 0.0  # warm-up, as a fraction of the run
     wpe: float = 1.0  # final learning rate as a fraction of --lr: flat for 5 % of the run, then linear. 1: constant
     twd: float = 0.05  # weight decay of matrices
+    twde: float = -1.0  # weight decay at the end of the run, which it moves to along a cosine; -1: as --twd
     tclip: float = 2.0  # largest gradient norm; 0: no clipping
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
     ema: float = 0.0  # decay of the moving average of the weights; 0: none
@@ -119,6 +120,8 @@ class OptimConfig(Flags):
                 f"--steps {self.steps} and --ep {self.ep:g} are two lengths of one run: give --steps 0 to count in "
                 f"epochs, or --ep {type(self).ep:g}, the default, to count in steps"
             )
+        if self.twde < 0 and self.twde != -1:
+            raise ValueError(f"--twde must be at least 0, or -1 for --twd's, got {self.twde}")
         if self.ep <= 0:
             raise ValueError(f"--ep must be positive, got {self.ep}")
         at_most(self, ep=1e6, steps=1e12, max_steps=1e12)
@@ -139,8 +142,11 @@ class SARConfig(Flags):
     """stagger-scale rollout: second pass over all scales (paper), or the last transition (released)"""
     ssr_steps: int = 1  # with --ssr all: passes on rollouts of rollouts
     rollout: Literal["argmax", "sample", "cfg"] = "cfg"  # how tokens are drawn from the teacher's logits
-    csf_target: Literal["teacher", "ground_truth", "teacher_soft"] = "teacher"
-    """teacher: the tokens it drew (Eq. 10); ground_truth: the ablation; teacher_soft: KL to its distribution (ours)"""
+    csf_target: Literal["teacher", "ground_truth", "teacher_soft", "requantised"] = "teacher"
+    """teacher: the tokens it drew (Eq. 10); ground_truth: the ablation; teacher_soft: KL to its distribution (ours);
+    requantised (ours, var): the code that brings the second pass's canvas to where the teacher's draw would have led"""
+    rollout_canvas: Literal["accumulated", "one_step"] = "accumulated"
+    """second pass of var: the sum of the rollout's residuals, or the true ones but for the rollout's last"""
     sf_top_k: int = TOP_K  # rollout: top-k; 0: off
     sf_top_p: float = TOP_P  # rollout: top-p; 0: off
     sf_cfg_scale: float = 2.5  # rollout: scale of the half-ramp guidance
@@ -151,11 +157,17 @@ class SARConfig(Flags):
         at_most(self, sf_top_p=1)
         mode = self.training_mode
         rollout = ["rollout", "sf_top_k", "sf_top_p", "sf_cfg_scale"]
-        only_with(self, mode == "csfl", "--training_mode csfl", ["csf_weight", "ssr", "ssr_steps", "csf_target"])
+        second_pass = ["ssr", "ssr_steps", "csf_target", "rollout_canvas"]
+        only_with(
+            self,
+            mode == "csfl",
+            "--training_mode csfl",
+            ["csf_weight", *second_pass],
+        )
         only_with(self, mode != "teacher_forcing", "--training_mode csfl or sf_…", rollout)
         only_with(self, mode == "sf_hybrid", "--training_mode sf_hybrid", ["sf_hybrid_from"])
         weighted = mode != "csfl" or self.csf_weight > 0
-        only_with(self, weighted, "--csf_weight above 0", [*rollout, "ssr", "ssr_steps", "csf_target"])
+        only_with(self, weighted, "--csf_weight above 0", [*rollout, *second_pass])
         only_with(self, self.rollout != "argmax", "--rollout sample or cfg", ["sf_top_k", "sf_top_p"])
         only_with(self, self.sf_top_k != 1, "another --sf_top_k than 1, the greedy one", ["sf_top_p"])
         only_with(self, self.rollout == "cfg", "--rollout cfg", ["sf_cfg_scale"])
@@ -258,6 +270,19 @@ def check_watch(watch: WatchConfig, optim: OptimConfig) -> None:
 
 
 @dataclass(frozen=True)
+class ModelOptimConfig(OptimConfig):
+    """Optimisation of `train.py`"""
+
+    label_smoothing: float = 0.0  # share of a target token's probability that goes to all tokens alike
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, label_smoothing=0)
+        if self.label_smoothing >= 1:
+            raise ValueError(f"--label_smoothing must be below 1, got {self.label_smoothing}")
+
+
+@dataclass(frozen=True)
 class TrainRunConfig(RunConfig):
     """Run of `train.py`"""
 
@@ -274,7 +299,7 @@ class TrainConfig(Flags):
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: ModelOptimConfig = field(default_factory=ModelOptimConfig)
     sar: SARConfig = field(default_factory=SARConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     run: TrainRunConfig = field(default_factory=TrainRunConfig)
@@ -316,7 +341,16 @@ FIXED = {
     *("dataset", "augment", "bs", "seed", "training_mode"),
     *("model", *(flag for flags in OF_GENERATORS.values() for flag in flags)),
     *("depth", "width", "num_classes", "pn", "schedule", "supervision"),
-    *("image_size", "base_width", "width_mult", "res_blocks", "z_channels", "codebook_size", "codebook_dim"),
+    *(
+        "image_size",
+        "quantiser",
+        "base_width",
+        "width_mult",
+        "res_blocks",
+        "z_channels",
+        "codebook_size",
+        "codebook_dim",
+    ),
     *("images", "class_names_sha256", "model_classes", "tokenizer_sha256", "discriminator"),
 }
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.run_record import find_run
+from models.run_record import find_run, schedule_of
 from models.scales import ScaleSchedule
-from models.vqvae import VQVAE
+from models.tokenizer import Tokenizer
 from models.weights import digest_of, load_tokenizer
 from utils.config.training import DataConfig, check_timeout
 from utils.data.datasets import CodeBatch, ImageDataset, Key, batches_of, encode_batch, loader_workers, open_splits
@@ -41,7 +41,7 @@ from utils.runtime.files import (
     write_json,
     write_sealed,
 )
-from utils.runtime.flags import Flags, at_least, changed, parse
+from utils.runtime.flags import Flags, at_least, changed, only_with, parse
 
 MANIFEST, LABELS = "manifest.json", "labels.npy"
 VERSION = 2
@@ -57,6 +57,8 @@ class CacheConfig(Flags):
     crops: int = 10  # random crops of each training image; epoch e of training sees crop e mod CROPS
     seed: int = 0  # seed of the crops: a run of the same seed sees the same ones without the cache
     supervision: Literal["latent", "image"] = "latent"  # see train.py
+    pn: str = ""
+    """sides of the scales, of a tokenizer whose codes depend on them; empty: its run's, or 1_2_3_4_5_6_8_10_13_16"""
     batch: int = 32  # crops that are encoded at a time
     shard_images: int = 512  # images of a shard: what a kill loses at most
     timeout_minutes: float = 30  # stop when a rank has not been heard of for so long
@@ -140,7 +142,7 @@ class CodeCache(Dataset):
 
     def code_batch(self, codes: Tensor, labels: Tensor, schedule: ScaleSchedule) -> CodeBatch:
         """Codes (B, sum of s²) and class ids → the sides of a schedule."""
-        parts = {s: codes[:, self.sides.span(s - 1)].long() for s in schedule.sides}
+        parts = {s: codes[:, self.sides.span(self.sides.sides.index(s))].long() for s in schedule.sides}
         return CodeBatch(labels, parts)
 
 
@@ -154,13 +156,15 @@ def read_manifest(directory: Path) -> dict:
     return manifest
 
 
-def open_cache(directory: Path, vae: VQVAE, supervision: str, size: int) -> tuple[CodeCache, CodeCache | None]:
+def open_cache(
+    directory: Path, vae: Tokenizer, supervision: str, size: int, schedule: ScaleSchedule
+) -> tuple[CodeCache, CodeCache | None]:
     """The training and the held-out part of a cache; None when it has no such part.
 
-    Raises ValueError when the codes are of another tokenizer, or of images of another size.
+    Raises ValueError when the codes are of another tokenizer, of images of another size, or of other sides.
     """
-    manifest = read_manifest(directory)
-    wanted = {"tokenizer_sha256": digest_of(vae), "supervision": supervision, "image_size": size}
+    manifest, sides = read_manifest(directory), list(vae.cached_sides(size, schedule).sides)
+    wanted = {"tokenizer_sha256": digest_of(vae), "supervision": supervision, "image_size": size, "sides": sides}
     for name, value in wanted.items():
         if manifest[name] != value:
             raise ValueError(f"the codes in {directory} are of another {name}: {manifest[name]}, not {value}")
@@ -191,7 +195,13 @@ class Crops(Dataset):
 
 
 def encode_images(
-    views: ImageDataset, indices: range, crops: int, vae: VQVAE, sides: ScaleSchedule, flags: CacheFlags, progress: tqdm
+    views: ImageDataset,
+    indices: range,
+    crops: int,
+    vae: Tokenizer,
+    sides: ScaleSchedule,
+    flags: CacheFlags,
+    progress: tqdm,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes (images · crops, sum of s²) and labels (images,) of some images."""
     at_once = max(1, flags.cache.batch // crops)
@@ -208,7 +218,7 @@ def encode_images(
     return np.concatenate(rows), np.concatenate(classes)
 
 
-def build_split(views: ImageDataset, vae: VQVAE, sides: ScaleSchedule, flags: CacheFlags, me: Ranks) -> dict:
+def build_split(views: ImageDataset, vae: Tokenizer, sides: ScaleSchedule, flags: CacheFlags, me: Ranks) -> dict:
     """Encode one split, a shard at a time, those that are there already left out. Returns its part of the manifest."""
     config, directory = flags.cache, Path(flags.cache.out) / split_of(views)
     crops = config.crops if views.training else 1
@@ -240,6 +250,8 @@ def build(flags: CacheFlags, me: Ranks) -> Path:
     check_output_directory(out, "--out")
     vae, run = load_tokenizer(config.vae_ckpt).to(me.device), find_run(config.vae_ckpt)
     size = config.image_size or (run.content["model"].get("image_size") if run else 0) or 256
+    schedule = schedule_of(config.pn, config.vae_ckpt)
+    only_with(config, vae.config.tied_to_schedule, "a tokenizer whose codes depend on the schedule", ["pn"])
     if vae.config.codebook_size > 2**16:
         raise ValueError(f"codes are stored in 16 bits, this tokenizer has {vae.config.codebook_size}")
     if size % vae.config.factor:
@@ -249,7 +261,7 @@ def build(flags: CacheFlags, me: Ranks) -> Path:
         "version": VERSION,
         "tokenizer_sha256": digest_of(vae),
         "supervision": config.supervision,
-        "sides": list(range(1, size // vae.config.factor + 1)),
+        "sides": list(vae.cached_sides(size, schedule).sides),
         "image_size": size,
         "dataset": flags.data.dataset,
         "augment": flags.data.augment,

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets as tv_datasets
 
 from models.scales import ScaleSchedule
-from models.vqvae import VQVAE
+from models.tokenizer import Tokenizer
 from utils.config.training import DataConfig
-from utils.data.images import SkipBad, View, adm_crop, centre_crop, shift_and_rotate
+from utils.data.images import SkipBad, View, adm_crop, centre_crop, shift_and_rotate, var_crop
 from utils.runtime.entry import notice, refuse_inside
 from utils.runtime.image_files import (
     BadImage,
@@ -54,9 +54,9 @@ class CodeBatch:
 
 
 def encode_batch(
-    vae: VQVAE, images: Tensor, labels: Tensor, schedule: ScaleSchedule, supervision: str = "latent"
+    vae: Tokenizer, images: Tensor, labels: Tensor, schedule: ScaleSchedule, supervision: str = "latent"
 ) -> CodeBatch:
-    """Images (B, 3, H, W) → their codes at the sides of a schedule: see `VQVAE.tokenize`."""
+    """Images (B, 3, H, W) → their codes at the sides of a schedule: see `Tokenizer.tokenize`."""
     return CodeBatch(labels, vae.tokenize(images, schedule.sides, supervision))
 
 
@@ -190,7 +190,7 @@ def open_dataset(config: DataConfig, size: int, seed: int, split: str, directory
         raise ValueError(f"the classes in {folder} are not those in {folder.parent / 'train'}")
     listed = directory / f"bad_images_{split}.txt"
     skip = SkipBad(listed, config.bad_image_limit) if config.on_bad_image == "skip" else None
-    view = adm_crop if config.augment == "crop" else centre_crop
+    view = {"crop": adm_crop, "flip": centre_crop, "var": var_crop}[config.augment]
     return ImageDataset(source, source.classes, view, size, seed, training, skip, record)
 
 

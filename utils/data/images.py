@@ -47,9 +47,22 @@ def adm_crop(image: Image.Image, size: int, rng: random.Random | None) -> Image.
     scale = short / min(image.size)
     resized = (max(size, round(image.width * scale)), max(size, round(image.height * scale)))
     image = image.resize(resized, Image.Resampling.BICUBIC)
+    return mirror(crop(image, size, rng), rng)
+
+
+def var_crop(image: Image.Image, size: int, rng: random.Random | None) -> Image.Image:
+    """VAR's crop: the short side resized to 9/8 of the side by Lanczos; a random crop, or the centre; no flip."""
+    short = round(1.125 * size)
+    scale = short / min(image.size)
+    resized = (max(short, round(image.width * scale)), max(short, round(image.height * scale)))
+    return crop(image.resize(resized, Image.Resampling.LANCZOS), size, rng)
+
+
+def crop(image: Image.Image, size: int, rng: random.Random | None) -> Image.Image:
+    """A random square of a picture that is at least as large; without rng the centre."""
     free_x, free_y = image.width - size, image.height - size
     left, top = (rng.randint(0, free_x), rng.randint(0, free_y)) if rng else (free_x // 2, free_y // 2)
-    return mirror(image.crop((left, top, left + size, top + size)), rng)
+    return image.crop((left, top, left + size, top + size))
 
 
 def centre_crop(image: Image.Image, size: int, rng: random.Random | None) -> Image.Image:

@@ -87,8 +87,9 @@ class ValidationSet:
         part = ScaleSchedule(self.schedule.sides[: scales or None])
         span = slice(part.offsets[first], part.total)
         with evaluating(model):
-            for labels, tokens, truth in self.batches(fed[:, : part.total], self.tokens[:, span]):
-                yield model(labels, model.inputs(tokens, pathway, part), part, truth, first, sampler)
+            for labels, tokens, truth in self.batches(fed, self.tokens[:, span]):
+                inputs = model.inputs(tokens, pathway, self.schedule)
+                yield model(labels, inputs, part, truth, first, sampler)
 
     def nll(self, fed: Tensor, scales: int = 0, first: int = 0) -> Tensor:
         """NLL of the true tokens (N, n): see `predict`."""
@@ -141,7 +142,7 @@ class ValidationSet:
         """Decoded tokens (N, L) of each scale: {side: (N, 3, factor·s, factor·s)}."""
         vae, device = self.pipeline.vae, self.pipeline.device
         codes = self.schedule.by_side(tokens.to(device))
-        return {s: vae.decode_at(codes, s).cpu() for s in codes}
+        return {s: vae.decode_at(codes, s, self.schedule).cpu() for s in codes}
 
 
 def check_classes(ckpt: str, pipeline: SARPipeline, classes: list[str]) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.discriminator import Discriminator, hinge_loss
-from models.vqvae import VQVAE
+from models.tokenizer import Tokenizer
 from utils.config.tokenizer import TokenizerLossConfig
 from utils.tokenizer.perceptual import Perceptual
 
@@ -27,7 +27,7 @@ class Reconstructions(NamedTuple):
     loss: Tensor
     parts: dict[str, Tensor]  # what the loss is made of
     codes: list[Tensor]  # (B, s²) of each side
-    vectors: Tensor  # (N, D) of all sides, L2-normalised, before quantisation
+    vectors: Tensor  # (N, D) of all sides, before quantisation
     real: list[Tensor]  # images at the resolution of each side
     made: list[Tensor]  # their reconstructions
 
@@ -41,30 +41,20 @@ class MultiScaleLoss(nn.Module):
     are not shown to it.
     """
 
-    def __init__(self, vae: VQVAE, config: TokenizerLossConfig, perceptual: Perceptual | None = None):
+    def __init__(self, vae: Tokenizer, config: TokenizerLossConfig, perceptual: Perceptual | None = None):
         super().__init__()
         self.vae, self.config, self.perceptual = vae, config, perceptual
 
     def forward(self, images: Tensor, sides: Sequence[int], judge: Discriminator | None = None) -> Reconstructions:
         """Images (B, 3, H, W) in [-1, 1] and sides, the finest last."""
         vae, config = self.vae, self.config
-        latent = vae.encode(images)
-        real, made, codes, vectors = [], [], [], []
-        terms: dict[str, list[Tensor]] = {"codebook": [], "commitment": [], "entropy": []}
-        for s in sides:
-            z = vae.resize(latent, s)  # (B, s², D)
-            chosen = vae.quantize.nearest(z)
-            rows = F.embedding(chosen, vae.codebook)
-            terms["codebook"].append(F.mse_loss(rows, z.detach()))
-            terms["commitment"].append(F.mse_loss(z, rows.detach()))
-            if config.entropy:
-                terms["entropy"].append(entropy_term(z.flatten(0, 1), vae.codebook))
-            made.append(vae.decode_vectors(z + (rows - z).detach(), s))
-            real.append(resize_to(images, s * vae.config.factor))
-            codes.append(chosen)
-            vectors.append(z.detach().flatten(0, 1))
+        found = vae.quantise(images, sides)
+        made = found.images
+        real = [resize_to(images, image.shape[-1]) for image in made]
         reconstruction, parts = self.reconstruction(made, real)
-        parts |= {name: torch.stack(values).mean() for name, values in terms.items() if values}
+        parts |= {"codebook": found.codebook, "commitment": found.commitment}
+        if config.entropy:
+            parts["entropy"] = torch.stack([entropy_term(z, vae.codebook) for z in found.vectors]).mean()
         if judge is not None:
             reconstruction, added = self.against(judge, reconstruction, made)
             parts |= added
@@ -72,7 +62,8 @@ class MultiScaleLoss(nn.Module):
         if config.entropy:
             loss = loss + config.entropy * parts["entropy"]
         parts = {name: value.detach() for name, value in parts.items()}
-        return Reconstructions(loss, parts, codes, torch.cat(vectors), real, [image.detach() for image in made])
+        vectors = torch.cat(found.vectors).detach()
+        return Reconstructions(loss, parts, found.codes, vectors, real, [image.detach() for image in made])
 
     def reconstruction(self, made: list[Tensor], real: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted distances, and each by itself."""
@@ -101,7 +92,7 @@ class MultiScaleLoss(nn.Module):
         pushes = [torch.zeros_like(image) if g is None else g for g, image in zip(found, made, strict=True)]
         weight = torch.full_like(adversarial, self.config.disc_weight)
         if self.config.disc_adaptive:
-            last = self.vae.decoder.conv_out.weight
+            last = self.vae.decoder.get_parameter("conv_out.weight")
             norms = [torch.autograd.grad(made, last, g, retain_graph=True)[0].norm() for g in (pulls, pushes)]
             weight = weight * (norms[0] / (norms[1] + EPSILON)).clamp(max=LARGEST)
         weight = weight.detach()

@@ -25,9 +25,9 @@ from utils.training.optim import (
     MovingAverage,
     apply_gradients,
     clip_gradients,
-    learning_rate,
     make_optimizer,
     restore_optimizer,
+    set_rates,
 )
 
 Config = TrainConfig | TokenizerTrainConfig
@@ -106,8 +106,7 @@ class Learner(ABC):
                 self.precision.scaler.scale(loss / self.accumulate).backward()
             self.meter.add(metrics)
             total += loss.detach()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.total_steps, optim)
+        set_rates(self.optimizer, self.step, self.total_steps, optim)
         self.precision.scaler.unscale_(self.optimizer)
         norms = {"gradient_norm": clip_gradients(self.model, optim.tclip)}
         for name, module in self.auxiliary.items():

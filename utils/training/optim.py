@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 
 import torch
@@ -49,6 +50,21 @@ def learning_rate(step: int, total: int, config: OptimConfig) -> float:
     progress = (step - warm) / max(total - 1 - warm, 1)  # 0 … 1 after the warm-up
     fall = max(0.0, (progress - HOLD) / (1 - HOLD))
     return config.lr * (1 - (1 - config.wpe) * fall)
+
+
+def weight_decay(step: int, total: int, config: OptimConfig) -> float:
+    """Weight decay of matrices: from `twd` along a cosine to `twde`, where that is given."""
+    if config.twde < 0:
+        return config.twd
+    progress = step / max(total - 1, 1)
+    return config.twde + (config.twd - config.twde) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, step: int, total: int, config: OptimConfig) -> None:
+    """Give the optimiser the learning rate and weight decay of a step."""
+    decay, plain = optimizer.param_groups
+    decay["lr"] = plain["lr"] = learning_rate(step, total, config)
+    decay["weight_decay"] = weight_decay(step, total, config)
 
 
 class MovingAverage:

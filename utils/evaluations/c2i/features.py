@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbones import efficientnet_lite0, fetch
-from models.vqvae import exact_convolutions
+from models.tokenizer import exact_convolutions
 from utils.runtime.files import read_tensors
 
 SPATIAL_CHANNELS = 7  # of the tapped map

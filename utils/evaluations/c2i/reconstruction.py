@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.run_record import find_run
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
-from models.vqvae import VQVAE, exact_convolutions, to_bytes
+from models.tokenizer import Tokenizer, exact_convolutions, to_bytes
 from models.weights import digest_of, load_tokenizer
 from utils.config.sampling import EvalConfig
 from utils.data.datasets import linspace_indices
@@ -37,8 +37,9 @@ SHOWN = 8  # images in the picture
 class Reconstructed:
     """A tokenizer's reconstructions of a source at its finest side; what the others are worth is written on the way."""
 
-    def __init__(self, source: ImageSource, vae: VQVAE, sides: tuple[int, ...], directory: Path):
+    def __init__(self, source: ImageSource, vae: Tokenizer, sides: tuple[int, ...], directory: Path):
         self.source, self.vae, self.sides, self.directory = source, vae, sides, directory
+        self.schedule = ScaleSchedule(sides)
         self.waiting: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # first image → what `keep` will write
 
     def __len__(self) -> int:
@@ -59,12 +60,11 @@ class Reconstructed:
 
     @torch.no_grad()
     def at_every_side(self, originals: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Images (n, 3, H, W) uint8 → codes (n, s²) and reconstructions (n, 3, factor·s, …) uint8 of each side."""
+        """Images (n, 3, H, W) uint8 → codes (n, s²) and reconstructions uint8 of each side."""
+        codes = self.vae.tokenize(originals.to(self.vae.codebook.device).float() / 127.5 - 1, self.sides)
         with exact_convolutions():
-            latent = self.vae.encode(originals.to(self.vae.codebook.device).float() / 127.5 - 1)
-            codes = [self.vae.codes(latent, s) for s in self.sides]
-            made = [to_bytes(self.vae.decode(c, s)) for c, s in zip(codes, self.sides, strict=True)]
-        return [c.cpu() for c in codes], made
+            made = [to_bytes(self.vae.decode_at(codes, s, self.schedule)) for s in self.sides]
+        return [c.cpu() for c in codes.values()], made
 
     @staticmethod
     def quality(images: Tensor, originals: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def evaluate_reconstructions(config: EvalConfig, extractor: Extractor, me: Ranks
     return {**renamed, **means, "sides": table, "settings": described}
 
 
-def side_table(quality: np.ndarray, files: Sequence[Path], vae: VQVAE, sides: tuple[int, ...]) -> list[dict]:
+def side_table(quality: np.ndarray, files: Sequence[Path], vae: Tokenizer, sides: tuple[int, ...]) -> list[dict]:
     """A row a side, from the quality (S, 3, N) and the files of codes."""
     schedule, rows = ScaleSchedule(sides), vae.config.codebook_size
     counts = torch.zeros(len(sides), rows, dtype=torch.long)
@@ -128,7 +128,7 @@ def side_table(quality: np.ndarray, files: Sequence[Path], vae: VQVAE, sides: tu
     return [
         {
             "side": s,
-            "pixels": s * vae.config.factor,
+            "pixels": vae.pixels(s, schedule),
             "psnr": quality[i, 0].mean().item(),
             "ssim": None if np.isnan(quality[i, 1]).any() else quality[i, 1].mean().item(),
             "psnr_enlarged": quality[i, 2].mean().item(),

@@ -1,0 +1,138 @@
+"""The contract of a tokenizer, and what all tokenizers share.
+
+Legend: B batch, H × W pixels, h × w latent sides, D codebook width, V codebook rows, s side of a scale.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.scales import ScaleSchedule
+
+NEAREST_AT_ONCE = 1024  # vectors compared with the whole codebook at a time
+CACHED = 2**23  # values of a feature map that fit into a CPU's cache
+
+
+class Quantised(NamedTuple):
+    """Images of a training step, quantised and decoded, with gradients."""
+
+    codes: list[Tensor]  # (B, s²) of each side
+    vectors: list[Tensor]  # (B·s², D) of each side, before quantisation
+    images: list[Tensor]  # the pictures that they decode to; their gradient goes straight through the quantiser
+    codebook: Tensor  # mean squared distance of the chosen rows to the vectors, for the rows
+    commitment: Tensor  # the same for the vectors
+
+
+class Tokenizer(nn.Module):
+    """Images in [-1, 1] ↔ codes of several sides: what training, sampling and evaluation ask of a tokenizer."""
+
+    config: Any  # a `VQVAEConfig`, or a subclass
+    encoder: nn.Module
+    decoder: nn.Module
+    quant_conv: nn.Module
+    post_quant_conv: nn.Module
+
+    @property
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """The embeddings of all codes (V, D)."""
+
+    @property
+    @abstractmethod
+    def pathway(self) -> Any:
+        """The pathway of its codes: how they feed the next scale."""
+
+    @torch.no_grad()
+    def tokenize(self, images: Tensor, sides: Sequence[int], supervision: str = "latent") -> dict[int, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] → their codes at these sides, {s: (B, s²)}.
+
+        A scale's codes come from the image's latent, resized by area to the scale ("latent"), or from the latent of the
+        image resized to the scale's resolution ("image"). In full fp32, whatever precision the caller works in.
+        """
+        with torch.autocast(images.device.type, enabled=False), exact_convolutions():
+            return self.codes_of_images(images.float(), sides, supervision)
+
+    @abstractmethod
+    def codes_of_images(self, images: Tensor, sides: Sequence[int], supervision: str) -> dict[int, Tensor]:
+        """`tokenize`, within the precision it needs."""
+
+    @abstractmethod
+    def decode_at(self, codes: Mapping[int, Tensor], s: int, schedule: ScaleSchedule) -> Tensor:
+        """Codes of all sides of a schedule up to s, {side: (B, side²)} → images (B, 3, H, W), not clamped to [-1, 1].
+
+        Their side is `pixels(s, schedule)`.
+        """
+
+    @abstractmethod
+    def pixels(self, s: int, schedule: ScaleSchedule) -> int:
+        """Pixels of a side of the image that the codes up to side s decode to."""
+
+    @abstractmethod
+    def quantise(self, images: Tensor, sides: Sequence[int]) -> Quantised:
+        """Images (B, 3, H, W) through the tokenizer, at these sides, for its training."""
+
+    def cached_sides(self, size: int, schedule: ScaleSchedule) -> ScaleSchedule:
+        """The sides that a code cache of images of `size` pixels holds: all, so that it has those of any schedule."""
+        return ScaleSchedule(tuple(range(1, size // self.config.factor + 1)))
+
+    def known(self, images: Tensor, schedule: ScaleSchedule, supervision: str) -> KnownCodes:
+        """Codes of images to be held in painting."""
+        return KnownCodes(self.tokenize(images, schedule.sides, supervision))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] → latent (B, D, H / factor, W / factor)."""
+        factor = self.config.factor
+        if images.shape[-1] % factor or images.shape[-2] % factor:
+            raise ValueError(f"image sides must be multiples of {factor}, got {tuple(images.shape[-2:])}")
+        parts = images.split(self.at_once(images, images.shape[-2:].numel()))
+        return torch.cat([self.quant_conv(self.encoder(part)) for part in parts])
+
+    def decode_maps(self, maps: Tensor) -> Tensor:
+        """Maps of embeddings (B, D, s, s) → images (B, 3, factor·s, factor·s), not clamped to [-1, 1]."""
+        parts = maps.split(self.at_once(maps, maps.shape[-1] ** 2 * self.config.factor**2))
+        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts])
+
+    def at_once(self, x: Tensor, pixels: int) -> int:
+        """Number of images of x (B, …) to put through the network at a time: on a CPU, what its cache holds."""
+        return len(x) if x.device.type != "cpu" else max(1, CACHED // (pixels * self.config.base_width))
+
+
+class KnownCodes:
+    """Codes of images, held in painting: the same whatever was painted around them."""
+
+    def __init__(self, codes: Mapping[int, Tensor]):
+        self.codes = codes
+
+    def at(self, s: int) -> Tensor:
+        """Codes (B, s²) of the images at side s."""
+        return self.codes[s]
+
+    def add(self, s: int, codes: Tensor) -> None:
+        """Tell which codes (B, s²) side s was given in the end."""
+
+
+def nearest_rows(z: Tensor, rows: Tensor) -> Tensor:
+    """Vectors (…, D) → index of the nearest of the rows (V, D) by squared distance (…,), the first on a tie."""
+    with torch.autocast(z.device.type, enabled=False):  # half precision would choose other rows
+        rows, flat = rows.float(), z.flatten(0, -2).float()
+        squares, found = rows.square().sum(1), []
+        for part in flat.split(NEAREST_AT_ONCE):
+            distance = part.square().sum(1, keepdim=True) + squares
+            found.append(torch.addmm(distance, part, rows.T, alpha=-2).argmin(dim=1))
+        return torch.cat(found).view(z.shape[:-1])
+
+
+def exact_convolutions() -> AbstractContextManager:
+    """Convolutions in full fp32 on a GPU, whose default is TF32: for codes and features that must not depend on it."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1] → uint8, rounded, on the CPU."""
+    return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).cpu()
