@@ -1,6 +1,7 @@
-"""Every training schedule of the paper on digits: equal further steps from one FlexVAR, three seeds.
+"""Every training schedule of the paper on digits: equal further steps from one model, three seeds.
 
     python -m experiments.study_digits          # after the quickstart; a finished run is not run again
+    python -m experiments.study_digits --quickstart out/quickstart_var --out out/study_digits_var   # SAR on VAR
 
 Writes table.md, study.json and the runs to out/study_digits.
 """
@@ -13,11 +14,11 @@ from pathlib import Path
 import torch
 
 from experiments.measures import measure, slug, table_of
-from experiments.quickstart import FLEXVAR, FURTHER, PER_CLASS, Judge, check_quickstart, run_stage, sample
+from experiments.quickstart import FLEXVAR, FURTHER, MODELS, PER_CLASS, Judge, check_quickstart, run_stage, sample
 from models.weights import load_tokenizer
 from utils.config.training import DataConfig
 from utils.runtime.entry import check_output_directory, entry
-from utils.runtime.files import write_json
+from utils.runtime.files import read_json, write_json
 from utils.runtime.flags import Parser, whole
 
 DRAWN = ["--sf_top_k=0", "--sf_top_p=0"]
@@ -35,6 +36,14 @@ VARIANTS = {
     "SAR guided, ground-truth target": [SAR, "--rollout=cfg", "--csf_target=ground_truth", *DRAWN],
     "SAR sampled, γ 0.1": [SAR, "--rollout=sample", "--csf_weight=0.1", *DRAWN],
     "SAR sampled, γ 1": [SAR, "--rollout=sample", "--csf_weight=1", *DRAWN],
+}
+# Of a VAR beside the others: the other reading of its second pass, and our target for it.
+VARIANTS_VAR = {
+    "SAR guided, one-step canvas": [SAR, "--rollout=cfg", "--rollout_canvas=one_step", *DRAWN],
+    "SAR guided, requantised target": [SAR, "--rollout=cfg", "--csf_target=requantised", *DRAWN],
+    "SAR guided, requantised target, γ 1": [
+        *(SAR, "--rollout=cfg", "--csf_target=requantised", "--csf_weight=1", *DRAWN)
+    ],
 }
 COLUMNS = {
     "class_accuracy": ("class accuracy", 3),
@@ -61,19 +70,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/study_digits"))
     parser.add_argument("--steps", type=whole(1), default=100)
     parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="variants whose name contains one of these")
     args = parser.parse_args()
     check_quickstart(args.quickstart)
     check_output_directory(args.out, "--out")
     start = [f"--vae_ckpt={args.quickstart / 'tokenizer'}", f"--init_ckpt={args.quickstart / 'flexvar'}"]
-    if not any(args.only in name for name in VARIANTS):
-        raise ValueError(f"--only {args.only}: no variant has that in its name; there are {', '.join(VARIANTS)}")
-    variants = {name: flags for name, flags in VARIANTS.items() if args.only in name}
+    model = read_json(args.quickstart / "report.json")["model"]
+    every = {**VARIANTS, **(VARIANTS_VAR if model == "var" else {})}
+    variants = {name: flags for name, flags in every.items() if any(part in name for part in args.only)}
+    if not variants:
+        raise ValueError(f"--only {args.only}: no variant has that in its name; there are {', '.join(every)}")
     jobs = [(name, seed) for seed in args.seeds for name in variants]
 
     def train(job: tuple[str, int]) -> Path:
         name, seed = job
-        flags = [*start, *FLEXVAR, *FURTHER, *VARIANTS[name], f"--seed={seed}", "--vis_num_samples=0"]
+        flags = [
+            *start,
+            *FLEXVAR,
+            *MODELS[model][3],
+            *FURTHER,
+            *variants[name],
+            f"--seed={seed}",
+            "--vis_num_samples=0",
+        ]
         return run_stage(f"{slug(name)}_{seed}", "train.py", flags, args.steps, args.out, processes=1)[0]
 
     with ThreadPoolExecutor(2) as pool:

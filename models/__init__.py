@@ -9,8 +9,10 @@ if TYPE_CHECKING:  # what `__getattr__` below gives, for editors and type checke
     from models.head import sample_tokens
     from models.pipeline import SARPipeline, open_pipeline
     from models.released import build_vae_var
+    from models.residual_vqvae import ResidualVQVAE, ResidualVQVAEConfig
     from models.sampling import Guidance, SamplingConfig, generate
     from models.scales import DEFAULT_SCHEDULE, ScaleSchedule, draw_schedule, shift_up
+    from models.var import VAR, VARConfig
     from models.vqvae import VQVAE, VQVAEConfig
 
 NAMES = {
@@ -21,6 +23,8 @@ NAMES = {
     "released": ("build_vae_var",),
     "sampling": ("Guidance", "SamplingConfig", "generate"),
     "scales": ("DEFAULT_SCHEDULE", "ScaleSchedule", "draw_schedule", "shift_up"),
+    "residual_vqvae": ("ResidualVQVAE", "ResidualVQVAEConfig"),
+    "var": ("VAR", "VARConfig"),
     "vqvae": ("VQVAE", "VQVAEConfig"),
 }
 MODULE_OF = {name: module for module, names in NAMES.items() for name in names}

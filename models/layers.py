@@ -172,13 +172,14 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 class Block(nn.Module):
     """Attention and FFN, each modulated, gated and dropped as a path with probability `drop_path`.
 
-    Without `own_modulation` it only holds what it adds to a modulation that all blocks share (`ada_gss`).
+    Without `own_modulation` it has what it adds to a modulation that all blocks share (`ada_gss`).
     """
 
     def __init__(self, width: int, heads: int, drop_path: float, own_modulation: bool = True):
         super().__init__()
         self.attn = SelfAttention(width, heads)
         self.ffn = FFN(width)
+        self.own_modulation = own_modulation
         if own_modulation:
             self.ada_lin = AdaLinear(width, 6)
         else:
@@ -187,6 +188,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor, attention: Attend) -> Tensor:
         """x (B, L, C), modulation (B, 1, 6, C) → (B, L, C)."""
+        modulation = modulation if self.own_modulation else modulation + self.ada_gss
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)  # (B, 1, C) each
         q, k, v = self.before_attention(x, scale1, shift1)
         gate1, gate2 = self.keep_path(gate1), self.keep_path(gate2)

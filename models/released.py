@@ -1,18 +1,36 @@
-"""The released code's way in: `build_vae_var` and `autoregressive_infer_cfg`, thin faces over `generate`."""
+"""The released code's ways in: `build_vae_var` and `autoregressive_infer_cfg`, thin faces over `generate`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.flexvar import FlexVAR, FlexVARConfig
+from models.residual_vqvae import ResidualVQVAE, ResidualVQVAEConfig
 from models.sampling import Guidance, SamplingConfig, generate
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 from models.tokenizer import Tokenizer
+from models.var import VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
+
+Labels = int | Sequence[int] | Tensor | None
+
+
+def requested(B: int, label_B: Labels, g_seed: int | None, classes: int) -> tuple[Tensor, range]:
+    """Class ids (B,) and seeds: one id for all, or None for random ones; no seed takes one from torch's generator."""
+    seed = int(torch.randint(2**31, ())) if g_seed is None else g_seed
+    if label_B is None:
+        label_B = torch.randint(classes, (B,), generator=torch.Generator().manual_seed(seed))
+    elif isinstance(label_B, int):
+        label_B = torch.full((B,), label_B)
+    labels = torch.as_tensor(label_B, dtype=torch.long)
+    if len(labels) != B:
+        raise ValueError(f"B is {B}, but label_B holds {len(labels)} labels")
+    return labels, range(seed, seed + B)
 
 
 class ReleasedFlexVAR(FlexVAR):
@@ -22,7 +40,7 @@ class ReleasedFlexVAR(FlexVAR):
         self,
         vqvae: Tokenizer,
         B: int,
-        label_B: int | Sequence[int] | Tensor | None = None,
+        label_B: Labels = None,
         g_seed: int | None = None,
         cfg: float = 1.5,
         top_k: int = 0,
@@ -42,36 +60,71 @@ class ReleasedFlexVAR(FlexVAR):
 
         Returns: (B, 3, H, W) in [-1, 1], not clamped.
         """
-        seed = int(torch.randint(2**31, ())) if g_seed is None else g_seed
-        if label_B is None:
-            generator = torch.Generator().manual_seed(seed)
-            label_B = torch.randint(self.config.num_classes, (B,), generator=generator)
-        elif isinstance(label_B, int):
-            label_B = torch.full((B,), label_B)
-        labels = torch.as_tensor(label_B, dtype=torch.long)
-        if len(labels) != B:
-            raise ValueError(f"B is {B}, but label_B holds {len(labels)} labels")
+        labels, seeds = requested(B, label_B, g_seed, self.config.num_classes)
         guidance = Guidance("constant" if used_llamagen_cfg else "ramp", cfg)
         schedule, sampling = ScaleSchedule(tuple(infer_patch_nums)), SamplingConfig(guidance, top_k, top_p, max_pn)
-        return generate(self, vqvae, labels, schedule, sampling, range(seed, seed + B))
+        return generate(self, vqvae, labels, schedule, sampling, seeds)
+
+
+class ReleasedVAR(VAR):
+    """VAR with the released sampling call; it remembers its tokenizer, and loads released files as they are."""
+
+    def __init__(self, config: VARConfig, vae: ResidualVQVAE):
+        super().__init__(config)
+        self.tokenizer = (vae,)  # in a tuple: no part of this module
+        self.register_load_state_dict_pre_hook(without_mask)
+
+    def autoregressive_infer_cfg(
+        self,
+        B: int,
+        label_B: Labels,
+        g_seed: int | None = None,
+        cfg: float = 1.5,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        more_smooth: bool = False,
+    ) -> Tensor:
+        """Sample B images (B, 3, H, W) in [0, 1]. For the arguments see `ReleasedFlexVAR` and `SamplingConfig`."""
+        labels, seeds = requested(B, label_B, g_seed, self.config.num_classes)
+        sampling = SamplingConfig(Guidance("ramp", cfg), top_k, top_p, more_smooth=more_smooth)
+        return generate(self, self.tokenizer[0], labels, self.schedule, sampling, seeds).clamp(-1, 1).add(1).mul(0.5)
+
+
+def without_mask(module: VAR, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Take the mask, which is rebuilt for each pass, out of a state dict that is being loaded."""
+    weights.pop(f"{prefix}attn_bias_for_masking", None)
 
 
 def build_vae_var(
-    V: int = 8912,
+    V: int = 0,
     Cvae: int = 32,
     device: str | torch.device = "cpu",
     num_classes: int = 1000,
     depth: int = 16,
     vae_ckpt: str | Path | None = None,
-) -> tuple[Tokenizer, ReleasedFlexVAR]:
-    """A tokenizer (with the weights of `vae_ckpt`, if given) and a transformer with initial weights.
+    patch_nums: Sequence[int] = (),
+    ch: int = 160,
+    share_quant_resi: int = 4,
+    shared_aln: bool = False,
+) -> tuple[Tokenizer, ReleasedFlexVAR | ReleasedVAR]:
+    """A tokenizer and a transformer with initial weights: VAR's, when `patch_nums` are named, else FlexVAR's.
 
     Args:
-        V, Cvae: rows and width of the codebook.
-        vae_ckpt: tokenizer file; its other sizes are read off it.
+        V, Cvae: rows and width of the codebook; 0 rows: 4096 for VAR, 8912 for FlexVAR.
+        vae_ckpt: FlexVAR's tokenizer file; its other sizes are read off it.
+        patch_nums, ch, share_quant_resi, shared_aln: VAR's scales, base width of its tokenizer, φ of it (4), and one
+            AdaLN for all blocks.
     """
+    if patch_nums:
+        if share_quant_resi != 4:
+            raise ValueError(f"share_quant_resi must be 4, got {share_quant_resi}")
+        residual = ResidualVQVAE(ResidualVQVAEConfig(ch, z_channels=Cvae, codebook_size=V or 4096, codebook_dim=Cvae))
+        sizes = {"depth": depth, "num_classes": num_classes, "codebook_size": V or 4096, "codebook_dim": Cvae}
+        var = ReleasedVAR(VARConfig(**sizes, sides=tuple(patch_nums), shared_aln=shared_aln), residual)
+        return residual.eval().to(device), var.eval().to(device)
     from models.weights import load_tokenizer  # here, since that module builds these models too
 
+    V = V or 8912
     vae = load_tokenizer(vae_ckpt) if vae_ckpt else VQVAE(VQVAEConfig(codebook_size=V, codebook_dim=Cvae)).eval()
     found = (vae.config.codebook_size, vae.config.codebook_dim)
     if found != (V, Cvae):

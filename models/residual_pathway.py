@@ -55,6 +55,7 @@ class ResidualQuantizer(nn.Module):
         self.quant_resi = nn.ModuleDict({"qresi_ls": nn.ModuleList(convolutions)})
         if counted_scales:
             self.register_buffer("ema_vocab_hit_SV", torch.zeros(counted_scales, rows))
+        self.register_load_state_dict_pre_hook(any_count)
 
     def nearest(self, z: Tensor) -> Tensor:
         """Vectors (…, D) → index of the nearest row (…,) by squared distance, the first on a tie."""
@@ -63,6 +64,15 @@ class ResidualQuantizer(nn.Module):
     def phi(self, i: int, scales: int) -> nn.Module:
         """The φ of scale i of so many."""
         return self.quant_resi["qresi_ls"][phi_of(i, scales)]  # type: ignore[index]
+
+
+def any_count(module: nn.Module, weights: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Let a state dict that is being loaded have usage statistics of any number of scales, or none."""
+    own, name = module.state_dict().get("ema_vocab_hit_SV"), f"{prefix}ema_vocab_hit_SV"
+    if own is None:
+        weights.pop(name, None)
+    elif name not in weights or weights[name].shape != own.shape:
+        weights[name] = own
 
 
 class ResidualPathway:

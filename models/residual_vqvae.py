@@ -46,7 +46,7 @@ class ResidualVQVAEConfig(VQVAEConfig):
     def from_flags(cls, flags: Any) -> ResidualVQVAEConfig:
         names = ("base_width", "width_mult", "res_blocks", "codebook_size", "codebook_dim")
         sizes = {name: getattr(flags, name) for name in names}
-        return cls(**sizes, z_channels=flags.codebook_dim, counted_scales=len(flags.scales))
+        return cls(**sizes, z_channels=flags.codebook_dim)
 
     @classmethod
     def recognises(cls, weights: Mapping[str, Tensor]) -> bool:

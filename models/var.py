@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from models.flexvar import FlexVAR, FlexVARConfig
 from models.layers import AdaLinear, Block
 from models.scales import DEFAULT_SCHEDULE, Pathway, ScaleSchedule
-from utils.runtime.distributed import full_tensor
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,7 @@ class VAR(FlexVAR):
     def modulations(self, condition: Tensor) -> list[Tensor]:
         if not self.config.shared_aln:
             return super().modulations(condition)
-        shared = self.shared_ada_lin(condition)
-        return [shared + full_tensor(block.get_parameter("ada_gss")) for block in self.blocks]
+        return [self.shared_ada_lin(condition)] * len(self.blocks)
 
     def positions(self, sides: Sequence[int]) -> Tensor:
         """Position and scale of each token of these sides (n, C), which are some of the schedule's."""

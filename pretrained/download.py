@@ -16,7 +16,7 @@ if not __package__:  # run as a file: the project's root is not on the path
 from utils.runtime.entry import entry
 from utils.runtime.flags import Parser
 
-FLEXVAR, SAR = "jiaosiyu1999/FlexVAR", "ZGZzz/SAR"
+FLEXVAR, SAR, VAR = "jiaosiyu1999/FlexVAR", "ZGZzz/SAR", "FoundationVision/var"
 FILES = {
     "FlexVAE.pth": FLEXVAR,
     "FlexVARd16-epo179.pth": FLEXVAR,
@@ -25,6 +25,8 @@ FILES = {
     "SARd16-epo179.pth": SAR,
     "SARd20-epo249.pth": SAR,
     "SARd24-epo349.pth": SAR,
+    "vae_ch160v4096z32.pth": VAR,
+    **{f"var_d{depth}.pth": VAR for depth in (16, 20, 24, 30, 36)},
 }
 HERE = Path(__file__).resolve().parent
 

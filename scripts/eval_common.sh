@@ -4,15 +4,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 [ -n "$PYTHON" ] || fail "no Python found: run bash scripts/setup.sh"
 "$PYTHON" -c 'import torch' 2>/dev/null || fail "$PYTHON has no PyTorch: run bash scripts/setup.sh"
 PROTOCOL=(
-    --vae_ckpt pretrained/FlexVAE.pth
+    --vae_ckpt "pretrained/$TOKENIZER"
     --guidance ramp
     --top_k 900
-    --top_p 0.95
     --num_samples 50
 )
-case " $* " in # a sweep is in place of the recipe's guidance
-    *" --sweep_cfg"*) for i in "${!RECIPE[@]}"; do
-        [ "${RECIPE[$i]}" != --cfg ] || RECIPE=("${RECIPE[@]:0:$i}" "${RECIPE[@]:$((i + 2))}")
-    done ;;
-esac
+# A sweep is in place of the recipe's own value.
+case " $* " in *" --sweep_cfg"*) ;; *) PROTOCOL+=(--cfg "$CFG") ;; esac
+case " $* " in *" --sweep_top_p"*) ;; *) PROTOCOL+=(--top_p "$TOP_P") ;; esac
 launch evaluate.py "${PROTOCOL[@]}" "${RECIPE[@]}" "$@"

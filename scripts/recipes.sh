@@ -1,17 +1,30 @@
-# Sourced by train_SAR_d*.sh and eval_*_d*.sh, which set DEPTH (and FAMILY): the recipes, and what differs by depth.
-FILE_FlexVAR='' FILE_SAR='' ALNG=1e-3 CFG=2.5 # of a depth that was not released
+# Sourced by train_*_d*.sh and eval_*_d*.sh, which set DEPTH (and FAMILY): the recipes, and what differs by depth.
+FILE_FlexVAR='' FILE_SAR='' FILE_VAR='' ALNG=1e-3 CFG=2.5 TOP_P=0.95 # of a depth that was not released
+VAR_EPOCHS=350 VAR_BS=768 VAR_LR=2.4e-4 VAR_WPE=0.01 VAR_TWDE=''
+TOKENIZER=FlexVAE.pth MODEL=()
 case "$DEPTH" in
-    16) FILE_FlexVAR=FlexVARd16-epo179.pth FILE_SAR=SARd16-epo179.pth CFG=2.2 ;;
-    20) FILE_FlexVAR=FlexVARd20-epo249.pth FILE_SAR=SARd20-epo249.pth CFG=2.6 ;;
-    24) FILE_FlexVAR=FlexVARd24-epo349.pth FILE_SAR=SARd24-epo349.pth CFG=3.3 ALNG=1e-4 ;;
+    16)
+        FILE_FlexVAR=FlexVARd16-epo179.pth FILE_SAR=SARd16-epo179.pth FILE_VAR=var_d16.pth CFG=2.2
+        VAR_EPOCHS=200 VAR_LR=3e-4 VAR_WPE=0.1
+        ;;
+    20)
+        FILE_FlexVAR=FlexVARd20-epo249.pth FILE_SAR=SARd20-epo249.pth FILE_VAR=var_d20.pth CFG=2.6
+        VAR_EPOCHS=250 VAR_LR=3e-4 VAR_WPE=0.1
+        ;;
+    24)
+        FILE_FlexVAR=FlexVARd24-epo349.pth FILE_SAR=SARd24-epo349.pth FILE_VAR=var_d24.pth CFG=3.3 ALNG=1e-4
+        ;;
+    30) FILE_VAR=var_d30.pth ALNG=1e-5 VAR_BS=1024 VAR_LR=3.2e-4 VAR_TWDE=0.08 ;;
 esac
 
-sar_recipe() { # the paper's, from the released FlexVAR of this depth
+sar_recipe() { # the paper's, from the released FlexVAR of this depth, or from another family's model
+    local name=SAR file="$FILE_FlexVAR"
+    case "${FAMILY:-}" in VAR) name=SAR-VAR file="$FILE_VAR" && var_model ;; esac
     RECIPE=(
-        --exp_name "SAR-d$DEPTH"
+        --exp_name "$name-d$DEPTH"
         --training_mode csfl
-        ${FILE_FlexVAR:+--init_ckpt "pretrained/$FILE_FlexVAR"}
-        --vae_ckpt pretrained/FlexVAE.pth
+        ${file:+--init_ckpt "pretrained/$file"}
+        --vae_ckpt "pretrained/$TOKENIZER"
         --depth "$DEPTH"
         --alng "$ALNG"
         --ep 10
@@ -20,11 +33,38 @@ sar_recipe() { # the paper's, from the released FlexVAR of this depth
         --tclip 2.0
         --csf_weight 0.01
         --ssr all
+        "${MODEL[@]}"
     )
     GUIDED=(--rollout cfg --sf_cfg_scale 2.5 --sf_top_k 900 --sf_top_p 0.95)
 }
 
+var_model() { # what any run of a VAR says
+    TOKENIZER=vae_ch160v4096z32.pth
+    MODEL=(--model var --schedule fixed --augment var)
+}
+
+var_recipe() { # VAR's own, from scratch
+    var_model
+    RECIPE=(
+        --exp_name "VAR-d$DEPTH"
+        --training_mode teacher_forcing
+        --vae_ckpt "pretrained/$TOKENIZER"
+        --depth "$DEPTH"
+        --alng "$ALNG"
+        --ep "$VAR_EPOCHS"
+        --bs "$VAR_BS"
+        --lr "$VAR_LR"
+        --wp 0.02
+        --wpe "$VAR_WPE"
+        --twd 0.05
+        ${VAR_TWDE:+--twde "$VAR_TWDE"}
+        --tclip 2.0
+        "${MODEL[@]}"
+    )
+}
+
 eval_recipe() { # of FAMILY's released file of this depth
     local file="FILE_$FAMILY"
-    RECIPE=(${!file:+--ckpt "pretrained/${!file}"} --cfg "$CFG" --out_dir "out/eval_${FAMILY}_d$DEPTH")
+    case "$FAMILY" in VAR) var_model && CFG=1.5 TOP_P=0.96 ;; esac
+    RECIPE=(${!file:+--ckpt "pretrained/${!file}"} --out_dir "out/eval_${FAMILY}_d$DEPTH")
 }

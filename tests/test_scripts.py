@@ -3,11 +3,13 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from models.flexvar import FlexVAR, FlexVARConfig
+from models.generators import TOKENIZERS
 from models.weights import load_flexvar, load_tokenizer, save_weights
 from tests.conftest import ROOT, calls_of, run
 from utils.config.sampling import EvalConfig
@@ -17,6 +19,12 @@ from utils.runtime.checkpoint import newest_checkpoint
 from utils.runtime.flags import parse
 
 RELEASED = {16: 179, 20: 249, 24: 349}  # depth → epochs
+VAR_RECIPE = {  # epochs, peak learning rate, warm-up, final rate, weight decay at first and at last, clipping
+    16: (200, 3e-4, 0.02, 0.1, 0.05, -1, 2),
+    20: (250, 3e-4, 0.02, 0.1, 0.05, -1, 2),
+    24: (350, 2.4e-4, 0.02, 0.01, 0.05, -1, 2),
+    30: (350, 3.2e-4, 0.02, 0.01, 0.05, 0.08, 2),
+}
 TRAIN_SCRIPTS = sorted(p.name for p in (ROOT / "scripts").glob("train_*_d*.sh"))
 
 
@@ -32,10 +40,15 @@ def test_each_script_is_the_recipe_of_its_depth(script, spy):
     assert config.model.depth == depth
     assert config.data.data_path == "x y"
     assert config.optim.bs == 8  # the user's flags come last
-    assert config.model.alng == (1e-4 if depth == 24 else 1e-3)
+    assert config.model.alng == {24: 1e-4, 30: 1e-5}.get(depth, 1e-3)
+    is_var = "_VAR_" in script
+    assert config.model.model == ("var" if is_var else "flexvar")
+    assert config.data.augment == ("var" if is_var else "crop")
+    assert config.model.vae_ckpt == f"pretrained/{'vae_ch160v4096z32' if is_var else 'FlexVAE'}.pth"
     if "SAR" in script:
         epochs = RELEASED.get(depth)
-        assert config.model.init_ckpt == (f"pretrained/FlexVARd{depth}-epo{epochs}.pth" if epochs else "")
+        flexvar = f"pretrained/FlexVARd{depth}-epo{epochs}.pth" if epochs else ""
+        assert config.model.init_ckpt == (f"pretrained/var_d{depth}.pth" if is_var else flexvar)
         assert config.sar.rollout == ("argmax" if "argmax" in script else "cfg")
         defaults = TrainConfig()
         assert config.optim == type(defaults.optim)(bs=8)
@@ -43,18 +56,23 @@ def test_each_script_is_the_recipe_of_its_depth(script, spy):
             assert config.sar == defaults.sar
     else:
         assert config.sar.training_mode == "teacher_forcing"
+    if script.startswith("train_VAR"):
+        optim = config.optim
+        assert (optim.ep, optim.lr, optim.wp, optim.wpe, optim.twd, optim.twde, optim.tclip) == VAR_RECIPE[depth]
 
 
 def test_tokenizer_scripts_are_what_they_say(spy):
     """ImageNet's: the released sizes, which are the defaults. The small one: 32 pixels, factor 4, 512 codes."""
     found = {}
-    for script in ("train_tokenizer.sh", "train_tokenizer_small.sh"):
+    for script in ("train_tokenizer.sh", "train_tokenizer_small.sh", "train_tokenizer_VAR.sh"):
         run("bash", f"scripts/{script}", "--data_path", "x y", PYTHON=str(spy), NPROC="1")
         _, check, train = calls_of(spy)[-3:]
         assert check == [*train, "--check"]
         assert train[0] == "train_tokenizer.py"
         found[script] = parse(TokenizerTrainConfig, train[1:])
-    large, small = found.values()
+    large, small, residual = found.values()
+    assert TOKENIZERS["residual"].from_flags(residual.model) == TOKENIZERS["residual"]()
+    assert replace(residual, model=large.model, run=large.run) == large
     assert large.model == TokenizerTrainConfig().model
     assert (large.loss.perceptual, large.loss.disc_weight, large.loss.commitment) == ("lpips", 0.5, 0.25)
     assert 2 ** (len(small.model.width_mult) - 1) * small.model.scales.sides[-1] == small.model.image_size == 32
@@ -68,7 +86,12 @@ def test_each_evaluation_script_judges_the_model_it_names(script, spy):
     command = calls_of(spy)[-1]
     assert command[0] == "evaluate.py"
     config = parse(EvalConfig, command[1:])
-    model, depth = re.fullmatch(r"eval_(SAR|FlexVAR)_d(\d+)\.sh", script).groups()
+    model, depth = re.fullmatch(r"eval_(SAR|FlexVAR|VAR)_d(\d+)\.sh", script).groups()
+    if model == "VAR":
+        assert config.ckpt == f"pretrained/var_d{depth}.pth"
+        assert config.vae_ckpt == "pretrained/vae_ch160v4096z32.pth"
+        assert (config.cfg, config.guidance, config.top_k, config.top_p) == (1.5, "ramp", 900, 0.96)
+        return
     if int(depth) in RELEASED:
         assert config.ckpt == f"pretrained/{model}d{depth}-epo{RELEASED[int(depth)]}.pth"
         assert config.cfg == {"16": 2.2, "20": 2.6, "24": 3.3}[depth]

@@ -1,0 +1,145 @@
+"""What must hold of every generator: the same tests, run over the table."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import Guidance, SamplingConfig
+from models.generators import GENERATORS
+from models.head import sample_tokens
+from models.pipeline import open_pipeline
+from models.residual_vqvae import ResidualVQVAEConfig
+from models.sampling import image_uniforms, sample_codes
+from models.weights import save_weights
+from sar_trainer import SARTrainer
+from tests import recipes
+from tests.conftest import ALONE, config_of, torchrun
+from tests.test_trainer import assert_same, weights_of
+from train import build
+from trainer import Trainer
+from utils.data import code_cache
+from utils.runtime.files import read_json
+
+MORE = {"flexvar": [], "hybrid": ["--first_side=2"], "var": [], "var shared": ["--shared_aln"]}
+assert set(GENERATORS) == {name.split()[0] for name in MORE}
+
+
+@pytest.fixture(scope="session")
+def small_residual_file(tmp_path_factory) -> Path:
+    """A residual tokenizer by the recipe: 16×16 pixels ↔ 4×4 latents, 32 codes."""
+    config = ResidualVQVAEConfig(32, (1, 1, 1), 1, z_channels=8, codebook_size=32, codebook_dim=8, counted_scales=3)
+    path = tmp_path_factory.mktemp("vae") / "residual.safetensors"
+    save_weights(recipes.fill(config.build(), 5, recipes.var_value), path)
+    return path
+
+
+@pytest.fixture(params=MORE)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def own(kind, flags, small_residual_file) -> list[str]:
+    """The flags of a small run of each."""
+    vae = [f"--vae_ckpt={small_residual_file}"] if GENERATORS[kind.split()[0]].pathway == "residual" else []
+    return [*flags, *vae, f"--model={kind.split()[0]}", *MORE[kind], "--csf_weight=0.5", "--sf_top_k=0"]
+
+
+def alone(flags: list[str], *more: str | Path) -> Trainer:
+    trainer = build(config_of(flags, *map(str, more)), ALONE)
+    trainer.fit()
+    return trainer
+
+
+def test_resume_is_exact_and_images_are_drawn_from_the_run(own, tmp_path):
+    common = [*own, "--ema=0.9", "--wpe=0.1", "--twde=0.5"]
+    alone(common, f"--out_dir={tmp_path / 'whole'}")
+    for steps in (2, 3):
+        alone(common, f"--out_dir={tmp_path / 'pieces'}", f"--max_steps={steps}")
+    assert_same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "pieces"))
+    pipeline = open_pipeline(str(tmp_path / "pieces"))
+    assert pipeline.schedule.sides == pipeline.model.trim(pipeline.schedule).sides
+    options = {"cfg": 2.0, "top_k": 0}
+    together = pipeline([1, 2], seed=3, **options)
+    assert together[1].tobytes() == pipeline(2, seed=4, **options)[0].tobytes()  # an image depends on its own seed
+    pipeline.save_pretrained(tmp_path / "saved")
+    again = open_pipeline(str(tmp_path / "saved"))
+    assert again([1, 2], seed=3, **options)[0].tobytes() == together[0].tobytes()
+    steps = pipeline.steps(1, seed=3, **options)
+    assert list(steps) == list(pipeline.schedule.sides)
+    assert steps[4][0].tobytes() == pipeline(1, seed=3, **options)[0].tobytes()
+
+
+def test_weight_zero_is_teacher_forcing_bit_for_bit(own, tmp_path):
+    tf = [f for f in own if not f.startswith(("--csf", "--sf"))]
+    trainers = [
+        alone(tf, "--training_mode=teacher_forcing", f"--out_dir={tmp_path / 'tf'}"),
+        alone(tf, "--csf_weight=0", f"--out_dir={tmp_path / 'sar'}"),
+    ]
+    assert [type(t) for t in trainers] == [Trainer, SARTrainer]
+    assert_same(*(t.model.state_dict() for t in trainers))
+
+
+def test_two_ranks_train_as_one(own, tmp_path):
+    more = [*own, "--micro_batch=4", "--logger_type=none", "--vis_num_samples=0"]
+    torchrun(2, "train.py", *more, f"--out_dir={tmp_path / 'two'}")
+    alone(more, f"--out_dir={tmp_path / 'one'}")
+    assert_same(weights_of(tmp_path / "two"), weights_of(tmp_path / "one"), 2e-5)
+
+
+def test_sharded_ranks_train_as_one(own, kind, tmp_path):
+    if "fsdp" not in GENERATORS[kind.split()[0]].goes_with.get("parallel", ("fsdp",)):
+        return
+    more = [*own, "--micro_batch=4", "--logger_type=none"]
+    torchrun(2, "train.py", *more, "--parallel=fsdp", f"--out_dir={tmp_path / 'two'}")
+    alone(more, f"--out_dir={tmp_path / 'one'}")
+    assert_same(weights_of(tmp_path / "two"), weights_of(tmp_path / "one"), 2e-5)
+    pictures = [(tmp_path / d / "samples/step_0000003.png").read_bytes() for d in ("one", "two")]
+    assert pictures[0] == pictures[1]
+
+
+def test_a_run_from_the_cache_equals_one_from_images(own, tmp_path):
+    vae = [f for f in own if f.startswith("--vae_ckpt")][-1]
+    pn = ["--pn=1_2_4"] if "residual" in vae else []
+    cached = [
+        "--dataset=digits",
+        "--workers=0",
+        vae,
+        *pn,
+        "--image_size=16",
+        "--crops=1",
+        f"--out={tmp_path / 'codes'}",
+    ]
+    code_cache.build(code_cache.parse(code_cache.CacheFlags, cached), ALONE)
+    assert read_json(tmp_path / "codes/manifest.json")["sides"] == ([1, 2, 4] if pn else [1, 2, 3, 4])
+    of_cache = [f"--code_cache={tmp_path / 'codes'}", *(f for f in own if not f.startswith("--dataset"))]
+    alone(own, f"--out_dir={tmp_path / 'images'}")
+    alone(of_cache, f"--out_dir={tmp_path / 'cache'}")
+    assert_same(weights_of(tmp_path / "images"), weights_of(tmp_path / "cache"))
+    lines = [(tmp_path / d / "metrics.jsonl").read_text().splitlines()[-1] for d in ("images", "cache")]
+    assert json.loads(lines[0])["val/loss"] == json.loads(lines[1])["val/loss"]
+    if pn:
+        with pytest.raises(ValueError, match=r"of another sides: \[1, 2, 4\], not \[1, 4\]"):
+            alone(of_cache, "--pn=1_4", f"--out_dir={tmp_path / 'other'}")
+
+
+@torch.no_grad()
+def test_cached_sampling_equals_the_parallel_pass(own, tmp_path):
+    trainer = build(config_of(own, f"--out_dir={tmp_path / 'run'}"), ALONE)
+    model, pathway, schedule = trainer.model.eval(), trainer.pathway, trainer.config.model.scales
+    for p in model.parameters():  # far from the initial weights, at which logits say little
+        p.add_(torch.randn_like(p), alpha=0.1)
+    labels, seeds, first = torch.tensor([3, 7, 1]), [5, 6, 7], 1 if model.unmasks_first_scale else 0
+    codes = sample_codes(model, pathway, labels, schedule, SamplingConfig(Guidance(), 20, 0.9), seeds)
+    tokens = torch.cat(list(codes.values()), dim=1)
+    logits = model(labels, model.inputs(tokens, pathway, schedule), schedule, first=first)
+    uniforms = image_uniforms(seeds, model.uniforms_needed(schedule), labels.device)[:, : schedule.total]
+    before = schedule.offsets[first]
+    assert torch.equal(sample_tokens(logits, 20, 0.9, uniforms[:, before:]), tokens[:, before:])
+
+
+def test_activations_can_be_computed_again(own, tmp_path):
+    runs = [alone(own, f"--out_dir={tmp_path / str(more)}", *more) for more in ([], ["--checkpoint_activations"])]
+    assert_same(*(t.model.state_dict() for t in runs), 1e-6)
