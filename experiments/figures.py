@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from models.pipeline import open_pipeline, to_pil
-from models.scales import shift_up
 from utils.config.training import DataConfig
 from utils.evaluations.exposure_bias import Exposure, ValidationSet
 from utils.reporting.pictures import coarse_to_fine, plot_curves, read_metrics
@@ -99,8 +98,9 @@ START, WALK = 4, (8, 10, 13, 16)  # of Fig. 7
 def walk_of(ckpt: str, args: argparse.Namespace) -> tuple[str, int]:
     """The scales of Fig. 7, and the last one that is held: the coarse ones up to 4, then 8, 10, 13, 16; of a model that
     ends elsewhere, or where --pn names others, those."""
-    sides = open_pipeline(ckpt, args.vae_ckpt, args.pn).schedule.sides
-    if not args.pn and sides[-1] == WALK[-1] and START in sides:
+    pipeline = open_pipeline(ckpt, args.vae_ckpt, args.pn)
+    sides, free = pipeline.schedule.sides, pipeline.model.config.only_schedule is None
+    if free and not args.pn and sides[-1] == WALK[-1] and START in sides:
         sides = (*(s for s in sides if s <= START), *WALK)
     start = max((s for s in sides[:-1] if s <= START), default=0)
     if not start:
@@ -160,16 +160,11 @@ def sf_inputs(args: argparse.Namespace) -> None:
     decoded, real = {name: data.pictures(tokens) for name, tokens in said.items()}, data.pictures(truth)
     shown = range(start + 1, len(schedule))
 
-    def seen(tokens: Tensor, i: int) -> Tensor:
-        """The inputs of scale i, shifted up from tokens, decoded."""
-        vae, (a, b) = data.pipeline.vae, schedule.sides[i - 1 : i + 1]
-        codes = tokens[:, schedule.span(i - 1)].to(data.pipeline.device)
-        vectors = F.normalize(shift_up(codes, vae.codebook, a, b), dim=-1)
-        with torch.no_grad():
-            return vae.decode_vectors(vectors, b).cpu()
-
+    @torch.no_grad()
     def inputs(tokens: Tensor) -> dict[int, Tensor]:
-        return {schedule.sides[i]: seen(tokens, i) for i in shown}
+        """What tokens feed the last scales with, decoded."""
+        codes, vae = schedule.by_side(tokens.to(data.pipeline.device)), data.pipeline.vae
+        return {schedule.sides[i]: vae.decode_inputs(codes, i, schedule).cpu() for i in shown}
 
     def columns(pictures: dict[int, Tensor]) -> dict[int, Tensor]:
         return {schedule.sides[i]: pictures[schedule.sides[i]] for i in shown}

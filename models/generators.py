@@ -61,7 +61,7 @@ def first_with(kinds: Iterable[type[Config]], sizes: Mapping[str, Any], what: st
 
 def recognise(weights: Mapping[str, Tensor], source: str | Path) -> FlexVARConfig:
     """The config of the model that a state dict is of. Raises ValueError when it is of none."""
-    return recognised(GENERATORS.values(), weights, f"{source} is not a FlexVAR transformer")
+    return recognised(GENERATORS.values(), weights, f"{source} is no transformer known here")
 
 
 def recognise_tokenizer(weights: Mapping[str, Tensor], source: str | Path) -> VQVAEConfig:

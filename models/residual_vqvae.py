@@ -206,6 +206,9 @@ class ResidualVQVAE(Tokenizer):
             canvas.add(i, codes[schedule.sides[i]])
         return self.decode_maps(canvas.maps)
 
+    def decode_inputs(self, codes: Mapping[int, Tensor], i: int, schedule: ScaleSchedule) -> Tensor:
+        return self.decode_at(codes, schedule.sides[i - 1], schedule)
+
     def pixels(self, s: int, schedule: ScaleSchedule) -> int:
         """Those of the whole image: a canvas has its full side from the first scale on."""
         return schedule.sides[-1] * self.config.factor

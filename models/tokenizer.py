@@ -70,6 +70,10 @@ class Tokenizer(nn.Module):
         """
 
     @abstractmethod
+    def decode_inputs(self, codes: Mapping[int, Tensor], i: int, schedule: ScaleSchedule) -> Tensor:
+        """Codes of the scales before number i, {side: (B, side²)} → a picture (B, 3, H, W) of what feeds scale i."""
+
+    @abstractmethod
     def pixels(self, s: int, schedule: ScaleSchedule) -> int:
         """Pixels of a side of the image that the codes up to side s decode to."""
 

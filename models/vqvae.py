@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.scales import ScaleSchedule, UpsamplingPathway
+from models.scales import ScaleSchedule, UpsamplingPathway, shift_up
 from models.tokenizer import Quantised, Tokenizer, nearest_rows
 
 
@@ -281,6 +281,10 @@ class VQVAE(Tokenizer):
 
     def decode_at(self, codes: Mapping[int, Tensor], s: int, schedule: ScaleSchedule) -> Tensor:
         return self.decode(codes[s], s)
+
+    def decode_inputs(self, codes: Mapping[int, Tensor], i: int, schedule: ScaleSchedule) -> Tensor:
+        before, s = schedule.sides[i - 1 : i + 1]
+        return self.decode_vectors(F.normalize(shift_up(codes[before], self.codebook, before, s), dim=-1), s)
 
     def pixels(self, s: int, schedule: ScaleSchedule) -> int:
         return s * self.config.factor

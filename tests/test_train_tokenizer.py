@@ -203,3 +203,38 @@ def test_the_check_looks_at_files_and_networks(tmp_path):
         check(config_of(f"--init_ckpt={tmp_path / 'none.pth'}"))
     with pytest.raises(ValueError, match=r"none\.pth"):
         check(config_of("--perceptual=lpips", f"--perceptual_weights={tmp_path / 'none.pth'}"))
+
+
+RESIDUAL = ["--quantiser=residual", *(f for f in SMALL if not f.startswith("--z_channels"))]
+
+
+def test_a_residual_tokenizer_learns_all_its_scales(tmp_path):
+    """With VAR's loss: see tests/test_parity.py for its value and gradients."""
+    config = parse(TokenizerTrainConfig, [*RESIDUAL, "--max_steps=40", "--usage_every=10", f"--out_dir={tmp_path}"])
+    trainer = build(config, ALONE)
+    assert trainer.sides() == [1, 2, 4]
+    before = trainer.validate()
+    trainer.fit()
+    after = trainer.validate()
+    assert after["loss"] == after["mse_side/4"] < 0.7 * before["mse_side/4"]
+    assert after["mse_side/4"] < after["mse_side/1"]  # each scale adds to the same picture
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.config == trainer.model.config
+    assert (loaded.config.z_channels, loaded.config.counted_scales) == (8, 10)
+    assert (tmp_path / "samples/step_0000040.png").exists()
+
+
+def test_the_residual_loss_reaches_every_part(tmp_path):
+    trainer = build(parse(TokenizerTrainConfig, [*RESIDUAL, f"--out_dir={tmp_path}"]), ALONE)
+    images, labels = next(iter(trainer.loader()))
+    trainer.micro_loss(images, labels)[0].backward()
+    still = [name for name, p in trainer.model.named_parameters() if p.grad is None or not p.grad.any()]
+    # Three scales use the first, the third and the last φ.
+    assert still == [f"quantize.quant_resi.qresi_ls.1.{name}" for name in ("weight", "bias")]
+
+
+@pytest.mark.parametrize("flag", ["--z_channels=16", "--sides_per_step=1", "--entropy=0.1"])
+def test_flags_that_a_residual_tokenizer_does_not_read_are_refused(flag, capsys):
+    with pytest.raises(SystemExit):
+        parse(TokenizerTrainConfig, [*RESIDUAL, flag])
+    assert flag.split("=")[0] in capsys.readouterr().err
