@@ -28,8 +28,8 @@ from utils.runtime.numerics import derive_seed
 from utils.tokenizer.codebook import CodebookUse, histogram, perplexity, revive, usage
 from utils.tokenizer.losses import MultiScaleLoss, Opponent, resize_to
 from utils.tokenizer.perceptual import make_perceptual
-from utils.training.learner import Metrics
 from utils.training.loop import Loop, start
+from utils.training.state import Metrics
 
 
 class TokenizerTrainer(Loop):

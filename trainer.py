@@ -25,8 +25,8 @@ from utils.config.training import TrainConfig
 from utils.data.datasets import CodeBatch, Examples, encode_batch
 from utils.reporting.pictures import grid, spread_labels, square
 from utils.runtime.distributed import Ranks, shard
-from utils.training.learner import Metrics
 from utils.training.loop import Loop
+from utils.training.state import Metrics
 
 Inputs = Tensor | tuple  # of a pass: whatever the model's own `inputs` makes
 Encode = Callable[[Tensor, Tensor, ScaleSchedule], CodeBatch]  # what a data set yields, class ids, the step's scales

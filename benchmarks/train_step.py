@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import utils.training.learner as learner_module
+import utils.training.loop as loop_module
 from benchmarks.common import ENCODE_FLOPS, Clock, Ruler, forward_flops, peak_memory, random_images, reset_peak, show
 from models import VQVAE, ScaleSchedule
 from models.head import Samples, guide, sample_tokens
@@ -113,19 +113,19 @@ def parts_of(trainer: SARTrainer, batches, repeats: int) -> dict[str, float]:
 
     trainer.encode = clock.around(trainer.encode, "encode")
     trainer.compute_loss = clock.around(trainer.compute_loss, "forward")
-    kept = (Samples.add, torch.Tensor.backward, learner_module.apply_gradients)
+    kept = (Samples.add, torch.Tensor.backward, loop_module.apply_gradients)
     if isinstance(trainer, SARTrainer):
         trainer.rollout_sampler = clock.around(trainer.rollout_sampler, "unconditional half")
         trainer.student = clock.around(trainer.student, "second pass")
     Samples.add = clock.around(Samples.add, "rollout")
     torch.Tensor.backward = clock.around(torch.Tensor.backward, "backward")
-    learner_module.apply_gradients = clock.around(learner_module.apply_gradients, "optimiser")
+    loop_module.apply_gradients = clock.around(loop_module.apply_gradients, "optimiser")
     try:
         for _ in range(repeats):
             with clock.part("other"):
                 trainer.train_step(Timed())
     finally:
-        Samples.add, torch.Tensor.backward, learner_module.apply_gradients = kept
+        Samples.add, torch.Tensor.backward, loop_module.apply_gradients = kept
     return {f"{name} s": seconds / repeats for name, seconds in clock.seconds.items()}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -244,7 +245,7 @@ def main() -> None:
     parser.add_argument("--ckpt", nargs="+", default=[], help="checkpoints, as sample.py takes them")
     parser.add_argument("--vae_ckpt", default="", help="tokenizer, when the checkpoints bring none along")
     parser.add_argument("--pn", default="", help="scales, when the checkpoints bring none along")
-    parser.add_argument("--dataset", default="folder", choices=["folder", "digits", "cifar10"])
+    parser.add_argument("--dataset", default="folder", choices=get_args(get_type_hints(DataConfig)["dataset"]))
     parser.add_argument("--data_path", default="", help="where the held-out images lie")
     parser.add_argument("--n", type=whole(1), default=4, help="images (exposure-bias wants hundreds)")
     parser.add_argument("--seed", type=whole(), default=0)

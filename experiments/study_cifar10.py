@@ -51,7 +51,7 @@ from utils.config.training import DataConfig
 from utils.data.datasets import check_dataset, open_dataset, plain_images
 from utils.evaluations.c2i.images import write_npz
 from utils.evaluations.c2i.metrics import Statistics, frechet_distance, precision_recall
-from utils.runtime.checkpoint import checkpoints, step_of
+from utils.runtime.checkpoint import checkpoints, reached
 from utils.runtime.distributed import alone
 from utils.runtime.entry import check_output_directory, entry
 from utils.runtime.files import digest, read_json, read_tensor, save_array, write_json
@@ -119,9 +119,10 @@ class Study:
         if not path.is_file():
             images, _ = self.photographs("train" if "training" in kind else "val", self.size.samples * CLASSES)
             if "reconstructed" in kind:
-                vae, side = load_tokenizer(self.out / "tokenizer"), ScaleSchedule.parse(PN).sides[-1]
+                vae, pn = load_tokenizer(self.out / "tokenizer"), ScaleSchedule.parse(PN)
+                side = pn.sides[-1]
                 with torch.no_grad():
-                    images = torch.cat([vae.decode(vae.codes(vae.encode(p), side), side) for p in images.split(100)])
+                    images = torch.cat([vae.decode_at(vae.tokenize(p, pn.sides), side, pn) for p in images.split(100)])
             write_images(images, path)
         if not (directory / "report.json").is_file():  # written last
             self.judge(directory, f"--samples={path}", f"--reference={self.reference(OFFLINE)}")
@@ -247,12 +248,6 @@ def kept(path: Path, described: dict, compute: Callable[[], dict]) -> dict:
 def saved(run: Path) -> dict[str, str]:
     """Digest of the weights that a run ended with."""
     return {"checkpoint": digest(checkpoints(run)[-1] / "manifest.json")}
-
-
-def reached(run: Path) -> int:
-    """The step of a run's newest checkpoint."""
-    found = checkpoints(run)
-    return step_of(found[-1]) if found else 0
 
 
 def write_images(images: Tensor, path: Path) -> None:

@@ -8,7 +8,6 @@ runs to out/study_hybrid.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,17 +20,14 @@ from experiments.quickstart import (
     PER_CLASS,
     SIDES,
     Judge,
-    check_quickstart,
-    run_stage,
 )
-from experiments.study_digits import write_table
+from experiments.study import Plan, Scorer, run_study
 from models.sampling import SamplingConfig, sample_codes
 from models.scales import ScaleSchedule
 from models.tokenizer import Tokenizer
 from models.weights import load_flexvar, load_tokenizer
 from utils.reporting.pictures import read_metrics
-from utils.runtime.entry import check_output_directory, entry
-from utils.runtime.flags import Parser, whole
+from utils.runtime.entry import entry
 from utils.runtime.numerics import derive_seed
 
 VARIANTS = {"FlexVAR": [], "hybrid": HYBRID}
@@ -62,31 +58,20 @@ def scores(run: Path, vae: Tokenizer, judges: dict[int, Judge]) -> dict[str, flo
     return {**found, "finest_loss": read_metrics(run, "val/loss_side/8")[1][-1]}
 
 
+def flags(quickstart: Path) -> list[str]:
+    start = [f"--vae_ckpt={quickstart / 'tokenizer'}", f"--code_cache={quickstart / 'codes'}"]
+    return [*start, *FLEXVAR, *FROM_SCRATCH]
+
+
+def scorer(quickstart: Path) -> Scorer:
+    vae = load_tokenizer(quickstart / "tokenizer")
+    judges = {HYBRID_SIDE: Judge(side=HYBRID_SIDE * vae.config.factor), 8: Judge()}
+    return lambda run: scores(run, vae, judges)
+
+
 @entry
 def main() -> None:
-    parser = Parser(__doc__, prog="python -m experiments.study_hybrid")
-    parser.add_argument("--quickstart", type=Path, default=Path("out/quickstart"))
-    parser.add_argument("--out", type=Path, default=Path("out/study_hybrid"))
-    parser.add_argument("--steps", type=whole(1), default=450)
-    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
-    args = parser.parse_args()
-    check_quickstart(args.quickstart)
-    check_output_directory(args.out, "--out")
-    start = [f"--vae_ckpt={args.quickstart / 'tokenizer'}", f"--code_cache={args.quickstart / 'codes'}"]
-    jobs = [(name, seed) for seed in args.seeds for name in VARIANTS]
-
-    def train(job: tuple[str, int]) -> Path:
-        name, seed = job
-        flags = [*start, *FLEXVAR, *FROM_SCRATCH, *VARIANTS[name], f"--seed={seed}", "--vis_num_samples=0"]
-        place = f"{list(VARIANTS).index(name)}_{seed}"
-        return run_stage(place, "train.py", flags, args.steps, args.out, processes=1)[0]
-
-    with ThreadPoolExecutor(2) as pool:
-        runs = dict(zip(jobs, pool.map(train, jobs), strict=True))
-    vae = load_tokenizer(args.quickstart / "tokenizer")
-    judges = {HYBRID_SIDE: Judge(side=HYBRID_SIDE * vae.config.factor), 8: Judge()}
-    found = {name: [scores(runs[name, seed], vae, judges) for seed in args.seeds] for name in VARIANTS}
-    write_table(found, COLUMNS, args.out)
+    run_study(Plan("study_hybrid", lambda _: VARIANTS, flags, scorer, COLUMNS, steps=450), __doc__)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from utils.runtime.checkpoint import (
 )
 from utils.runtime.files import digest, seal
 
-ABOUT = {"config": {}, "facts": {}, "micro_batch": 1}
+ABOUT = {"config": {}, "invariants": {}, "micro_batch": 1}
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ MUTATIONS = [
     ),
     Mutation(
         "damaged checkpoints set aside",
-        "utils/training/learner.py",
+        "utils/training/state.py",
         "self.checkpoints.set_aside(after=self.step)",
         "pass",
         "tests/test_checkpoint.py::test_a_damaged_one_is_out_of_the_way_after_a_resume",
@@ -92,7 +92,7 @@ MUTATIONS = [
     ),
     Mutation(
         "log lines that span a save",
-        "utils/training/learner.py",
+        "utils/training/state.py",
         "        self.meter.restore(state.meter, self.ranks)\n",
         "",
         "tests/faults/test_damage.py::test_some_damage",

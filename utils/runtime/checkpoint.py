@@ -95,17 +95,28 @@ def newest_checkpoint(directory: str | Path, *names: str) -> Path | None:
     return None
 
 
+def reached(run: str | Path) -> int:
+    """The step of a run's newest checkpoint; 0 when it has none."""
+    found = checkpoints(run)
+    return step_of(found[-1]) if found else 0
+
+
 def runs_below(directory: str | Path) -> str:
     """Hint for a directory that is no run: the runs in its folders, if there are any."""
     found = {p.parent.parent for depth in ("*", "*/*") for p in Path(directory).glob(f"{depth}/checkpoints/step_*")}
     return f"; the runs below it are {', '.join(sorted(map(str, found)))}" if found else ""
 
 
+def invariants_of(manifest: dict) -> dict:
+    """What a checkpoint's run cannot change, beside its flags. Older manifests call it "facts"."""
+    return manifest.get("invariants") or manifest.get("facts", {})
+
+
 def last_invariants(directory: str | Path) -> dict:
     """Invariants in the newest readable manifest of a run: of its data and model; empty when it has no checkpoint."""
     for path in reversed(checkpoints(directory)):
         try:
-            return read_manifest(path).get("facts", {})
+            return invariants_of(read_manifest(path))
         except ValueError:
             continue
     return {}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -22,10 +23,12 @@ from utils.data.datasets import Examples, StepSampler, batches_of, linspace_indi
 from utils.reporting.pictures import save_picture
 from utils.runtime.distributed import Ranks, check_launch, ranks
 from utils.runtime.files import remove_stale, write_json
+from utils.runtime.numerics import derive_seed
 from utils.runtime.process import StopRequest, locked
 from utils.runtime.provenance import record_start
-from utils.training.learner import Config, Learner, Metrics
 from utils.training.log import METRICS, Progress, Silent, check_tracking, has_metric, make_logger
+from utils.training.optim import apply_gradients, clip_gradients, set_rates
+from utils.training.state import Config, Metrics, TrainingState
 
 
 def start(config: Config, build: Callable[[Any, Ranks], Loop], check: Callable[[Any], None]) -> None:
@@ -45,8 +48,12 @@ def start(config: Config, build: Callable[[Any, Ranks], Loop], check: Callable[[
         build(config, me).fit(stop)
 
 
-class Loop(Learner):
-    """Shared by every training run: the order of its data, and when to log, judge, draw, save and stop."""
+class Loop(TrainingState, ABC):
+    """Shared by every training run: one step, the order of its data, and when to log, judge, draw, save and stop.
+
+    All randomness of a step is a function of (seed, step, micro-batch index), so that a resumed run, or one on
+    another number of ranks with the same micro-batch, trains identically.
+    """
 
     def __init__(
         self,
@@ -58,7 +65,7 @@ class Loop(Learner):
         forward: nn.Module | None = None,
         auxiliary: dict[str, nn.Module] | None = None,
     ):
-        """See `Learner` for `forward` and `auxiliary`."""
+        """See `TrainingState` for `forward` and `auxiliary`."""
         optim = config.optim
         self.epoch_steps = len(train_set) / optim.bs
         total_steps = optim.steps or max(1, math.ceil(optim.ep * self.epoch_steps))
@@ -72,6 +79,15 @@ class Loop(Learner):
         self.saved_at = time.monotonic()
 
     # ------------------------------------------------------------------------------- what a run defines
+
+    @abstractmethod
+    def micro_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
+        """Loss of one micro-batch and what to log of it: images (B, 3, H, W) in [-1, 1], or whatever else the data set
+        yields, and class ids (B,)."""
+
+    def on_step_end(self, skip: Tensor) -> None:
+        """Hook at the end of a step. `skip` is 1.0 where a loss or gradient was not finite, so that no
+        weight changed (in fp16, where gradients may overflow: where a loss was not)."""
 
     @abstractmethod
     def validation_losses(self, images: Tensor, labels: Tensor) -> Metrics:
@@ -131,6 +147,41 @@ class Loop(Learner):
             progress.say(f"stopped by signal {int(signal)}, saved step {self.step}: the same command goes on")
             raise SystemExit(128 + int(signal))
         return None
+
+    def train_step(self, batches: Iterator) -> None:
+        """One optimiser step over the micro-batches of this rank."""
+        optim, total = self.config.optim, torch.zeros((), device=self.ranks.device)
+        for i in range(self.accumulate):
+            images, labels = (x.to(self.ranks.device, non_blocking=True) for x in next(batches))
+            micro_batch = i * self.ranks.world + self.ranks.rank
+            torch.manual_seed(derive_seed("step", self.config.run.seed, self.step, micro_batch))
+            with self.no_gradient_sync(i + 1 < self.accumulate):
+                loss, metrics = self.micro_loss(images, labels)
+                self.precision.scaler.scale(loss / self.accumulate).backward()
+            self.meter.add(metrics)
+            total += loss.detach()
+        set_rates(self.optimizer, self.step, self.total_steps, optim)
+        self.precision.scaler.unscale_(self.optimizer)
+        norms = {"gradient_norm": clip_gradients(self.model, optim.tclip)}
+        for name, module in self.auxiliary.items():
+            if any(p.grad is not None for p in module.parameters()):
+                norms[f"gradient_norm_{name}"] = clip_gradients(module, optim.tclip)
+        norm = torch.stack(list(norms.values())).sum()
+        skip = self.guard.check(self.step, total, norm, norm_counts=self.precision.name != "fp16")
+        apply_gradients(self.optimizer, self.precision, skip)
+        if self.ema is not None:
+            self.ema.update(self.model)
+        self.meter.add(norms, weight=self.accumulate)
+        self.on_step_end(skip)
+        self.step += 1
+
+    def no_gradient_sync(self, stay: bool) -> AbstractContextManager:
+        """DDP averages the gradients over the ranks with the last micro-batch only."""
+        stack = ExitStack()
+        for network in self.networks:
+            if stay and hasattr(network, "no_sync"):
+                stack.enter_context(network.no_sync())  # type: ignore[operator]
+        return stack
 
     def log_step(self, log: Silent, progress: Progress) -> None:
         """Log the means since the last log line."""
@@ -224,7 +275,7 @@ class Loop(Learner):
     # ---------------------------------------------------------------------------------- saving, resuming
 
     def invariants(self) -> dict[str, object]:
-        """See `Learner.invariants`."""
+        """See `TrainingState.invariants`."""
         names = hashlib.sha256("\n".join(self.train_set.classes).encode()).hexdigest()
         return {"images": len(self.train_set), "class_names_sha256": names, **self.train_set.record}
 

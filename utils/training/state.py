@@ -1,45 +1,42 @@
-"""Models that are trained, one optimiser step of them, and all of it to and from disk."""
+"""State of a training run: models, optimiser, average, scaler, counters; and all of it to and from disk."""
 
 from __future__ import annotations
 
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 
-import torch
 from torch import Tensor, nn
 
 from models.weights import load_strictly, some
 from utils.config.tokenizer import TokenizerTrainConfig
 from utils.config.training import TrainConfig, check_changes
 from utils.data.datasets import accumulation
-from utils.runtime.checkpoint import EMA, MODEL, Checkpoints, RunState, read_checkpoint, read_manifest
+from utils.runtime.checkpoint import (
+    EMA,
+    MODEL,
+    Checkpoints,
+    RunState,
+    invariants_of,
+    read_checkpoint,
+    read_manifest,
+)
 from utils.runtime.distributed import Ranks, data_parallel, gathered
 from utils.runtime.files import as_json
-from utils.runtime.numerics import Precision, derive_seed
+from utils.runtime.numerics import Precision
 from utils.training.log import Meter
 from utils.training.nan_guard import FiniteGuard
 from utils.training.optim import (
     MovingAverage,
-    apply_gradients,
-    clip_gradients,
     make_optimizer,
     restore_optimizer,
-    set_rates,
 )
 
 Config = TrainConfig | TokenizerTrainConfig
 Metrics = dict[str, Tensor]
 
 
-class Learner(ABC):
-    """Models that are trained step by step, saved, and resumed.
-
-    All randomness of a step is a function of (seed, step, micro-batch index), so that a resumed run, or one on
-    another number of ranks with the same micro-batch, trains identically.
-    """
+class TrainingState:
+    """What a run consists of, beside its data: saved by `checkpoint`, and read back by `resume`."""
 
     def __init__(
         self,
@@ -77,59 +74,9 @@ class Learner(ABC):
         """Make the ranks train one model: DDP."""
         self.network = data_parallel(self.network)
 
-    # ------------------------------------------------------------------------------- what a run defines
-
-    @abstractmethod
-    def micro_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
-        """Loss of one micro-batch and what to log of it: images (B, 3, H, W) in [-1, 1], or whatever else the data set
-        yields, and class ids (B,)."""
-
-    def on_step_end(self, skip: Tensor) -> None:  # noqa: B027
-        """Hook at the end of a step. `skip` is 1.0 where a loss or gradient was not finite, so that no
-        weight changed (in fp16, where gradients may overflow: where a loss was not)."""
-
     def invariants(self) -> dict[str, object]:
         """Facts, beside its flags, that a run depends on and cannot change."""
         return {}
-
-    # ----------------------------------------------------------------------------------------- one step
-
-    def train_step(self, batches: Iterator) -> None:
-        """One optimiser step over the micro-batches of this rank."""
-        optim, total = self.config.optim, torch.zeros((), device=self.ranks.device)
-        for i in range(self.accumulate):
-            images, labels = (x.to(self.ranks.device, non_blocking=True) for x in next(batches))
-            micro_batch = i * self.ranks.world + self.ranks.rank
-            torch.manual_seed(derive_seed("step", self.config.run.seed, self.step, micro_batch))
-            with self.no_gradient_sync(i + 1 < self.accumulate):
-                loss, metrics = self.micro_loss(images, labels)
-                self.precision.scaler.scale(loss / self.accumulate).backward()
-            self.meter.add(metrics)
-            total += loss.detach()
-        set_rates(self.optimizer, self.step, self.total_steps, optim)
-        self.precision.scaler.unscale_(self.optimizer)
-        norms = {"gradient_norm": clip_gradients(self.model, optim.tclip)}
-        for name, module in self.auxiliary.items():
-            if any(p.grad is not None for p in module.parameters()):
-                norms[f"gradient_norm_{name}"] = clip_gradients(module, optim.tclip)
-        norm = torch.stack(list(norms.values())).sum()
-        skip = self.guard.check(self.step, total, norm, norm_counts=self.precision.name != "fp16")
-        apply_gradients(self.optimizer, self.precision, skip)
-        if self.ema is not None:
-            self.ema.update(self.model)
-        self.meter.add(norms, weight=self.accumulate)
-        self.on_step_end(skip)
-        self.step += 1
-
-    def no_gradient_sync(self, stay: bool) -> AbstractContextManager:
-        """DDP averages the gradients over the ranks with the last micro-batch only."""
-        stack = ExitStack()
-        for network in self.networks:
-            if stay and hasattr(network, "no_sync"):
-                stack.enter_context(network.no_sync())  # type: ignore[operator]
-        return stack
-
-    # ---------------------------------------------------------------------------------- saving, resuming
 
     @property
     def saved(self) -> dict[str, nn.Module]:
@@ -153,7 +100,7 @@ class Learner(ABC):
             state = RunState(self.step, optimizer, scaler, meters, self.guard.skipped)
             about = {
                 "config": as_json(asdict(self.config)),
-                "facts": self.invariants(),
+                "invariants": self.invariants(),
                 "micro_batch": self.micro_batch,
             }
             self.checkpoints.submit(state, weights, about, kept)
@@ -187,12 +134,12 @@ class Learner(ABC):
 
     def compare(self, manifest: dict) -> None:
         """Show what this run does otherwise than the checkpoint's. Raises ValueError for what cannot change."""
-        now = {**as_json(asdict(self.config)), "facts": as_json(self.invariants())}
-        before = {**manifest["config"], "facts": manifest["facts"]}
+        now = {**as_json(asdict(self.config)), "invariants": as_json(self.invariants())}
+        before = {**manifest["config"], "invariants": invariants_of(manifest)}
         if not before.get("speed", {}).get("code_cache"):  # runs of old said it in their flags alone
             data = {name: before["data"][name] for name in ("dataset", "augment") if name in before["data"]}
-            before["facts"] = {**data, **before["facts"]}
-        for groups in (before, now):  # of a code cache the flags say nothing, the facts all
+            before["invariants"] = {**data, **before["invariants"]}
+        for groups in (before, now):  # of a code cache the flags say nothing, the invariants all
             groups["data"] = {k: v for k, v in groups["data"].items() if k not in ("dataset", "augment")}
         lines = check_changes(before, now, self.directory, self.config.run.allow_change)
         if manifest["micro_batch"] != self.micro_batch:
