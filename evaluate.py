@@ -21,7 +21,7 @@ from models.pipeline import SARPipeline, open_pipeline
 from models.sampling import sample_codes
 from models.tokenizer import exact_convolutions, to_bytes
 from models.weights import digest_of, find_weights
-from utils.config.sampling import EvalConfig
+from utils.config.sampling import SOME_READ, EvalConfig
 from utils.evaluations.c2i.features import Extractor, make_extractor
 from utils.evaluations.c2i.images import Resized, describe_images, open_images, write_npz
 from utils.evaluations.c2i.reconstruction import evaluate_reconstructions
@@ -119,7 +119,7 @@ def evaluate_samples(
         "top_p": top_p,
         "scales": list(pipeline.schedule.sides),
         "max_pn": source.draw.max_pn,
-        **({"fill_steps": config.fill_steps} if pipeline.model.unmasks_first_scale else {}),
+        **{name: getattr(config, name) for name in SOME_READ[3:] if name in pipeline.model.reads},
         "evaluated_side": source.side,
         "seed": config.seed,
         "precision": source.precision.name,
@@ -171,7 +171,7 @@ def prepare(config: EvalConfig, me: Ranks) -> SARPipeline | None:
         find_weights(tokenizer)
     elif not config.samples:
         pipeline = open_pipeline(config.ckpt, config.vae_ckpt, config.pn, config.use_ema).to(me.device)
-        config.check_model(pipeline.model.unmasks_first_scale)
+        config.check_model(type(pipeline.model).__name__, pipeline.model.reads)
         depth = pipeline.model.config.depth
         if config.depth not in (0, depth):
             raise ValueError(f"{config.ckpt} has {depth} transformer blocks, not --depth {config.depth}")

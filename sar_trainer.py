@@ -5,15 +5,19 @@ Legend: B batch, L tokens of a schedule, V codebook rows.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from models.head import Prediction, Sampler
-from models.sampling import Guidance
+from models.sampling import Guidance, SamplingConfig
 from models.scales import ScaleSchedule
 from trainer import Inputs, Metrics, Trainer
 from utils.config.training import SARConfig
 from utils.data.datasets import CodeBatch
+
+FEEDING = ("ground_truth", "velocity")  # values of --csf_target for which samples only feed the second pass
 
 
 class SARTrainer(Trainer):
@@ -44,15 +48,16 @@ class SARTrainer(Trainer):
         """
         sar, fed = self.config.sar, teacher.sampled
         truth = tokens if sar.rollout_canvas == "one_step" else None
+        first = len(schedule) - 1 if sar.ssr == "last" else 1
         if sar.csf_target == "requantised":
-            targets = self.pathway.requantised(fed, tokens, schedule, one_step=truth is not None)
+            wanted = self.pathway.requantised(fed, tokens, schedule, one_step=truth is not None)
+            targets = wanted[:, schedule.offsets[first] :]
         else:
-            targets = {"teacher": fed, "ground_truth": tokens, "teacher_soft": teacher.logits}[sar.csf_target]
+            targets = teacher.targets(sar.csf_target, tokens, schedule, first)
         if sar.ssr == "last":
-            last, ends = len(schedule) - 1, ScaleSchedule((1, schedule.sides[-1]))
-            inputs = self.inputs(fed, schedule, truth, first=last)
-            return self.predict(labels, inputs, targets[:, -schedule.lengths[-1] :], ends, first=1, start=False)
-        targets = targets[:, schedule.lengths[0] - schedule.total :]
+            ends = ScaleSchedule((1, schedule.sides[-1]))
+            inputs = self.inputs(fed, schedule, truth, first)
+            return self.predict(labels, inputs, targets, ends, first=1, start=False)
         passes = []
         for more in reversed(range(sar.ssr_steps)):
             inputs = self.inputs(fed, schedule, truth)
@@ -68,16 +73,14 @@ class SARTrainer(Trainer):
         on the same inputs; that half needs no gradient, and no scale past the last one that is sampled.
         """
         sar, last = self.config.sar, len(schedule) - 1
-        scales = last if first or sar.csf_target == "ground_truth" else last + 1  # the last scale feeds nothing
+        scales = last if first or sar.csf_target in FEEDING else last + 1  # the last scale feeds nothing
         part, before = ScaleSchedule(schedule.sides[:scales]), schedule.offsets[first]
         start = schedule.offsets[self.pathway.feeds(last)] if sar.ssr == "last" else before
-        shape, greedy = (len(labels), schedule.total - before), sar.rollout == "argmax"
-        uniforms = None if greedy else torch.rand(shape, device=labels.device)
-        sampler = Sampler(
-            start - before, part.total - before, top_k=1 if greedy else sar.sf_top_k, top_p=sar.sf_top_p,
-            uniforms=uniforms, keep_logits=sar.csf_target == "teacher_soft" and first == 0,
-        )  # fmt: skip
-        guidance = rollout_guidance(sar).weights(schedule.sides)[first:scales]
+        shape = (len(labels), schedule.total - before)
+        sampler = self.model.head.sampler(sar, start - before, part.total - before, shape, labels.device)
+        if sar.csf_target == "teacher_soft" and first == 0:
+            sampler = replace(sampler, keep_logits=True)
+        guidance = self.model.guidance_weights(SamplingConfig(rollout_guidance(sar)), schedule.sides)[first:scales]
         if not any(guidance):
             return sampler
         null, lengths = torch.full_like(labels, self.model.null_class), torch.tensor(part.lengths[first:])
@@ -95,8 +98,7 @@ class SARTrainer(Trainer):
             **{f"student_{name}": value for name, value in student.metrics(asked, first=1).items()},
             "loss_tf": teacher.loss.detach(),
             "loss_csf": student.loss.detach(),
-            "rollout_agreement": teacher.agreement,
-            "rollout_accuracy": teacher.accuracy,
+            **{f"rollout_{name}": value for name, value in teacher.shares().items()},
         }
 
 

@@ -6,6 +6,7 @@ import utils.runtime.threads  # noqa: F401  # isort: skip
 
 import warnings
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -118,13 +119,14 @@ def check(config: TrainConfig) -> None:
 def build(config: TrainConfig, me: Ranks) -> Trainer:
     """Tokenizer, data, model and trainer, at the run's newest checkpoint if it has one."""
     config = with_sides(config)
-    vae, wanted, encode = load_tokenizer(config.model.vae_ckpt), config.model, None
+    wanted, encode = config.model, None
+    vae = load_tokenizer(wanted.vae_ckpt, **GENERATORS[wanted.model].tokenizer_options(wanted))
     size = wanted.scales.sides[-1] * vae.config.factor
     train_set: Examples
     val_set: Examples | None
     if config.speed.code_cache:
         codes, val_set = open_cache(Path(config.speed.code_cache), vae, wanted.supervision, size, wanted.scales)
-        train_set, encode = codes, codes.code_batch
+        train_set, encode = codes, partial(codes.code_batch, vae)
     else:
         train_set, val_set = open_splits(config.data, size, config.run.seed, config.run.directory)
     if val_set is None and config.watch.eval_every:

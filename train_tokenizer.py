@@ -87,9 +87,9 @@ class TokenizerTrainer(Loop):
             with self.precision.autocast():
                 opposed, described = self.opponent(found.real, found.made)
             loss, metrics = loss + opposed, {**metrics, **described}
-        for s, codes in zip(sides, found.codes, strict=True):
+        for s, codes in zip(sides if found.codes else [], found.codes, strict=True):
             self.counted[self.use.sides.index(s)] += histogram(codes, self.counted.shape[1])
-        if self.window_ends and self.config.loss.revive:
+        if self.window_ends and self.config.loss.revive and found.codes:
             each = -(-len(self.counted[0]) // (self.accumulate * self.ranks.world))  # so that there is one for each row
             self.offers.append(found.vectors[torch.randint(len(found.vectors), (each,), device=images.device)])
         return loss, metrics
@@ -114,6 +114,8 @@ class TokenizerTrainer(Loop):
     @torch.no_grad()
     def on_step_end(self, skip: Tensor) -> None:
         """Count the step's codes; at the end of a window log the use of the rows, and revive those without any."""
+        if not self.model.config.codebook_size:
+            return
         self.use.counts += self.ranks.sum(self.counted)
         self.counted.zero_()
         if not self.window_ends:
@@ -139,11 +141,15 @@ class TokenizerTrainer(Loop):
         for s in schedule.sides:
             made = self.model.decode_at(codes, s, schedule)
             found[f"mse_side/{s}"] = F.mse_loss(made, resize_to(images, made.shape[-1]))
+            if codes[s].is_floating_point():
+                continue
             found[f"chosen_side/{s}"] = histogram(codes[s], self.model.config.codebook_size) / len(images)
         return {"loss": found[f"mse_side/{s}"], **found}
 
     def conclude(self, means: Metrics) -> Metrics:
         for s in self.config.model.scales.sides:
+            if f"chosen_side/{s}" not in means:
+                continue
             chosen = means.pop(f"chosen_side/{s}")
             means |= {f"usage_side/{s}": usage(chosen), f"perplexity_side/{s}": perplexity(chosen)}
         return means
@@ -177,6 +183,7 @@ def build(config: TokenizerTrainConfig, me: Ranks) -> TokenizerTrainer:
     wanted = config.model
     torch.manual_seed(derive_seed("init", config.run.seed))
     vae = TOKENIZERS[wanted.quantiser].from_flags(wanted).build()
+    vae.equivariant = config.loss.equivariant
     vae.to(memory_format=torch.channels_last)  # which convolutions are faster in
     if wanted.init_ckpt and not checkpoints(config.run.directory):  # a run that goes on reads its own
         load_strictly(vae, read_state_dict(wanted.init_ckpt), wanted.init_ckpt)

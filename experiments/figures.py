@@ -163,7 +163,7 @@ def sf_inputs(args: argparse.Namespace) -> None:
 
     @torch.no_grad()
     def inputs(tokens: Tensor) -> dict[int, Tensor]:
-        """What tokens feed the last scales with, decoded."""
+        """Pictures of what tokens feed the last scales with."""
         codes, vae = schedule.by_side(tokens.to(data.pipeline.device)), data.pipeline.vae
         return {schedule.sides[i]: vae.decode_inputs(codes, i, schedule).cpu() for i in shown}
 

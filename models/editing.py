@@ -33,7 +33,8 @@ def hold_known(
     }  # (B, s²)
 
     def edit(s: int, codes: Tensor) -> Tensor:
-        codes = torch.where(repaint[s], codes, known.at(s))
+        cells = repaint[s] if codes.ndim == 2 else repaint[s].unsqueeze(-1)
+        codes = torch.where(cells, codes, known.at(s))
         known.add(s, codes)
         return codes
 
@@ -69,7 +70,7 @@ def inpaint(
         raise ValueError(f"these scales make {side}×{side} images, got one of {tuple(images.shape[-2:])}")
     if masks.shape != (len(images), 1, side, side):
         raise ValueError(f"the mask must be {(len(images), 1, side, side)}, as the image, got {tuple(masks.shape)}")
-    device = model.pos_start.device
+    device = model.device
     images, masks = images.to(device), masks.to(device)
     edit = hold_known(vae, images, masks, schedule, supervision)
     painted = generate(model, vae, labels, schedule, draw, seeds, edit)

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.head import CategoricalHead, Prediction, Sampler
+from models.head import CategoricalHead, Prediction, Sampler, guide, sample_tokens
 from models.layers import Attend, Block, CachedAttention, HeadNorm, ScaleCausalAttention
+from models.sampling import SamplingConfig, Soften, image_uniforms
 from models.scales import Pathway, ScaleSchedule
 from models.vqvae import VQVAEConfig
 
@@ -54,9 +55,10 @@ class FlexVARConfig:
 
     # What the other files ask of a generator: see `models/generators.py`.
     flags: ClassVar[tuple[type, ...]] = ()  # dataclasses of the flags of train.py that only this generator reads
-    goes_with: ClassVar[dict[str, tuple[str, ...]]] = {
+    goes_with: ClassVar[dict[str, tuple[Any, ...]]] = {
         "rollout_canvas": ("accumulated",),
         "csf_target": ("teacher", "ground_truth", "teacher_soft"),
+        "rollout_steps": (25,),
     }  # flag of train.py → the values that it goes with
 
     pathway: ClassVar[str] = "upsampling"  # of the tokenizers that it goes with
@@ -84,6 +86,11 @@ class FlexVARConfig:
             )
 
     @classmethod
+    def tokenizer_options(cls, flags: Any) -> dict[str, float]:
+        """Options of `load_tokenizer` that train.py's flags name."""
+        return {}
+
+    @classmethod
     def from_flags(cls, flags: object, **sizes: Any) -> FlexVARConfig:
         """The config that train.py's flags name; `sizes` are what tokenizer, data and common flags decide."""
         return cls(**sizes)
@@ -97,6 +104,11 @@ class FlexVARConfig:
     def recognises(cls, weights: Mapping[str, Tensor]) -> bool:
         """True for the state dict of such a model."""
         return "word_embed.weight" in weights
+
+    @classmethod
+    def adapted(cls, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A state dict of such a file, under the names that are used here."""
+        return weights
 
     @classmethod
     def sizes_of(cls, weights: Mapping[str, Tensor]) -> dict[str, int]:
@@ -129,7 +141,7 @@ class FlexVAR(nn.Module):
 
     config: FlexVARConfig
     no_decay: tuple[str, ...] = ("pos_1LC", "pos_start", "scale_mul_1H11")  # parameters that weight decay leaves alone
-    unmasks_first_scale = False  # True where sampling the first side takes several steps
+    reads: tuple[str, ...] = ("top_k", "top_p", "max_pn")  # settings of sampling, of those that some models read
 
     def __init__(self, config: FlexVARConfig | None = None):
         super().__init__()
@@ -159,6 +171,10 @@ class FlexVAR(nn.Module):
         """The parts that fully sharded training gathers one at a time, inner ones first."""
         # A block's modulation is computed before the block runs.
         return [part for block in self.blocks for part in (block.get_submodule("ada_lin"), block)]
+
+    @property
+    def device(self) -> torch.device:
+        return self.pos_start.device
 
     @property
     def null_class(self) -> int:
@@ -280,6 +296,48 @@ class FlexVAR(nn.Module):
         x = self.through_blocks(x + self.positions((s,)), state.modulations, state.caches)
         return self.head(self.head_nm(x, state.head_modulation)[:rows])
 
+    def guidance_weights(self, draw: SamplingConfig, sides: Sequence[int]) -> list[float]:
+        """w at every scale."""
+        return draw.guidance.weights(sides, draw.max_pn, self.config.ramp_end)
+
+    def guided(self, draw: SamplingConfig, sides: Sequence[int]) -> bool:
+        """True when sampling needs the unconditional class."""
+        return any(self.guidance_weights(draw, sides))
+
+    def draw_noise(self, seeds: Sequence[int], schedule: ScaleSchedule, device: torch.device) -> Tensor:
+        """Uniform numbers (B, n) that sampling images takes, from each one's own seed."""
+        return image_uniforms(seeds, self.uniforms_needed(schedule), device)
+
+    def draw_scale(
+        self,
+        state: DecodingState,
+        pathway: Pathway,
+        inputs: Tensor | None,
+        i: int,
+        schedule: ScaleSchedule,
+        draw: SamplingConfig,
+        noise: Tensor,
+        soften: Soften | None = None,
+    ) -> Tensor:
+        """Codes (B, s²) of scale i: cached forward → guidance → top-k, top-p → draw.
+
+        Args:
+            state: of B images, or of 2B with the unconditional half behind.
+            inputs: (B, s², D), or of 2B images; None for the first scale.
+            noise: see `draw_noise`.
+            soften: makes embeddings (B, s², D) of the logits, in place of codes.
+        """
+        s, batch = schedule.sides[i], len(noise)
+        weight = self.guidance_weights(draw, schedule.sides)[i]
+        if weight:
+            conditional, unconditional = self.decode_scale(state, inputs, s).chunk(2)
+            logits = guide(conditional, unconditional, weight)
+        else:
+            logits = self.decode_scale(state, inputs, s, rows=batch)  # the unconditional half is remembered, not read
+        if soften is not None:
+            return soften(i, logits)
+        return sample_tokens(logits, 1 if draw.greedy(s) else draw.top_k, draw.top_p, noise[:, schedule.span(i)])
+
     def uniforms_needed(self, schedule: ScaleSchedule) -> int:
         """Uniform numbers that sampling an image takes."""
         return schedule.total
@@ -325,12 +383,3 @@ def sinusoids(width: int, side: int) -> Tensor:
     rows = angles.sin()[:, :, None].expand(-1, -1, side)
     columns = angles.cos()[:, None, :].expand(-1, side, -1)
     return torch.stack([rows, columns], dim=1).flatten(0, 1).unsqueeze(0)
-
-
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Class ids a user named; the unconditional class is not one of them."""
-    if labels.ndim != 1 or len(labels) == 0:
-        raise ValueError(f"labels must be a non-empty list of class ids, got shape {tuple(labels.shape)}")
-    bad = labels[(labels < 0) | (labels >= num_classes)]
-    if len(bad):
-        raise ValueError(f"class id {bad[0].item()} is out of range: this model knows 0…{num_classes - 1}")

@@ -6,7 +6,7 @@ its weight files, and `build()`, which makes the model. The model answers
 - `inputs(tokens, pathway, schedule, …)`: tokens of all scales → the inputs of a parallel pass;
 - `forward(labels, inputs, schedule, targets, first, sampler, …)`: a parallel pass, and its loss and samples;
 - `init_cache`, `decode_scale`: the same scale by scale, with a cache; `trim(schedule)`: the scales that it knows;
-- `unmasks_first_scale`, `unmask_first_scale`: where sampling the first side takes several steps;
+- `draw_noise`, `guidance_weights`, `guided`, `draw_scale`: sampling; `reads`: the settings of it that it reads;
 - `no_decay`: names of the parameters that weight decay leaves alone.
 
 A tokenizer is a config (`VQVAEConfig`, or a subclass) and a `Tokenizer` (`models/tokenizer.py`): `tokenize` (images →
@@ -25,7 +25,9 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from models.flexvar import FlexVARConfig
+from models.flowar import FlowARConfig
 from models.hybrid import HybridConfig
+from models.kl_vae import KLConfig
 from models.residual_vqvae import ResidualVQVAEConfig
 from models.var import VARConfig
 from models.vqvae import VQVAEConfig
@@ -36,10 +38,11 @@ GENERATORS: dict[str, type[FlexVARConfig]] = {
     "flexvar": FlexVARConfig,
     "hybrid": HybridConfig,
     "var": VARConfig,
+    "flowar": FlowARConfig,
 }
 
 
-TOKENIZERS: dict[str, type[VQVAEConfig]] = {"flexvar": VQVAEConfig, "residual": ResidualVQVAEConfig}
+TOKENIZERS: dict[str, type[VQVAEConfig]] = {"flexvar": VQVAEConfig, "residual": ResidualVQVAEConfig, "none": KLConfig}
 
 
 def config_of(sizes: Mapping[str, Any]) -> FlexVARConfig:
@@ -61,7 +64,7 @@ def first_with(kinds: Iterable[type[Config]], sizes: Mapping[str, Any], what: st
 
 def recognise(weights: Mapping[str, Tensor], source: str | Path) -> FlexVARConfig:
     """The config of the model that a state dict is of. Raises ValueError when it is of none."""
-    return recognised(GENERATORS.values(), weights, f"{source} is no transformer known here")
+    return recognised(GENERATORS.values(), weights, f"{source} is not a transformer known here")
 
 
 def recognise_tokenizer(weights: Mapping[str, Tensor], source: str | Path) -> VQVAEConfig:
@@ -74,7 +77,7 @@ def recognised(kinds: Iterable[Any], weights: Mapping[str, Tensor], otherwise: s
     first, *more = kinds
     kind = next((kind for kind in reversed(more) if kind.recognises(weights)), first)
     try:
-        return kind(**kind.sizes_of(weights))
+        return kind(**kind.sizes_of(kind.adapted(weights)))
     except KeyError as error:
         raise ValueError(f"{otherwise}: it has no {error.args[0]}") from None
     except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,15 @@ class Prediction(NamedTuple):
     logits: Tensor | None = None  # (B, end - start, V) what was sampled from, if the sampler keeps it
     mask: Tensor | None = None  # (B, L) tokens that count; None: all
 
+    def targets(self, kind: str, truth: Tensor, schedule: ScaleSchedule, first: int) -> Tensor:
+        """What a second pass is asked for at the scales from number `first` on, by --csf_target: tokens or logits."""
+        found = {"teacher": self.sampled, "ground_truth": truth, "teacher_soft": self.logits}[kind]
+        return found[:, schedule.offsets[first] - schedule.total :]
+
+    def shares(self) -> dict[str, Tensor]:
+        """Shares of the sampled tokens, by name, to log."""
+        return {"agreement": self.agreement, "accuracy": self.accuracy}  # type: ignore[dict-item]
+
     def metrics(self, schedule: ScaleSchedule, first: int = 0) -> dict[str, Tensor]:
         """Mean loss and accuracy of each scale from number `first` on."""
         found, lengths = {}, schedule.lengths[first:]
@@ -64,6 +73,16 @@ class CategoricalHead(nn.Linear):
     """Features (…, C) → logits (…, V) over the codebook."""
 
     label_smoothing = 0.0  # in training: the share of a target's probability that goes to all tokens alike
+
+    @staticmethod
+    def sampler(wanted: Any, start: int, end: int, shape: tuple[int, int], device: torch.device) -> Sampler:
+        """Settings by which the tokens start…end of a pass (B, L) = `shape` are sampled, without guidance.
+
+        `wanted`: flags, `rollout` ("argmax" is greedy), `sf_top_k`, `sf_top_p`.
+        """
+        greedy = wanted.rollout == "argmax"
+        uniforms = None if greedy else torch.rand(shape, device=device)
+        return Sampler(start, end, 1 if greedy else wanted.sf_top_k, wanted.sf_top_p, uniforms)
 
     def predict(
         self, features: Tensor, targets: Tensor, sampler: Sampler | None = None, mask: Tensor | None = None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from models.flexvar import DecodingState, FlexVAR, FlexVARConfig
 from models.head import Prediction, Sampler, guide, sample_tokens
 from models.layers import attend
-from models.sampling import SamplingConfig
+from models.sampling import SamplingConfig, Soften
 from models.scales import Pathway, ScaleSchedule
 
 SHARE_MEAN, SHARE_DEVIATION, SHARE_LEAST = 1.0, 0.25, 0.7  # of the hidden positions: a normal cut to [least, 1]
@@ -56,7 +56,7 @@ class HybridConfig(FlexVARConfig):
         return HybridVAR(self)
 
     flags = (HybridFlags,)
-    goes_with: ClassVar[dict[str, tuple[str, ...]]] = {
+    goes_with: ClassVar[dict[str, tuple[Any, ...]]] = {
         **FlexVARConfig.goes_with,
         "schedule": ("fixed",),
         "training_mode": ("teacher_forcing", "csfl"),
@@ -94,7 +94,7 @@ class HybridVAR(FlexVAR):
 
     config: HybridConfig
     no_decay = (*FlexVAR.no_decay, "pos_first", "mask_token")
-    unmasks_first_scale = True
+    reads = (*FlexVAR.reads, "fill_steps")
 
     def __init__(self, config: HybridConfig):
         super().__init__(config)
@@ -183,6 +183,26 @@ class HybridVAR(FlexVAR):
         state.caches = [CachedHybridAttention(self.config.cross_scale) for _ in self.blocks]
         self.through_blocks(self.first_scale(state.condition, 1, start=True), state.modulations, state.caches)
         return state
+
+    def guided(self, draw: SamplingConfig, sides: Sequence[int]) -> bool:
+        return super().guided(draw, sides) or draw.guidance.half_ramp(1.0) > 0
+
+    def draw_scale(
+        self,
+        state: DecodingState,
+        pathway: Pathway,
+        inputs: Tensor | None,
+        i: int,
+        schedule: ScaleSchedule,
+        draw: SamplingConfig,
+        noise: Tensor,
+        soften: Soften | None = None,
+    ) -> Tensor:
+        """As FlexVAR's; the first side is filled step by step."""
+        if i:
+            return super().draw_scale(state, pathway, inputs, i, schedule, draw, noise, soften)
+        order = noise[:, schedule.total :]
+        return self.unmask_first_scale(state, pathway, draw, noise[:, schedule.span(0)], order)
 
     def uniforms_needed(self, schedule: ScaleSchedule) -> int:
         """One more for each position of the first side: for the order in which they are revealed."""

@@ -26,7 +26,8 @@ COARSE_TOKENS = 160
 class ScaleCausalAttention:
     """Attention over all tokens of a schedule at once: a token sees its own scale and all coarser ones."""
 
-    def __init__(self, schedule: ScaleSchedule, device: torch.device):
+    def __init__(self, schedule: ScaleSchedule, device: torch.device, dropout: float = 0.0):
+        self.dropout = dropout
         ends = schedule.offsets[1:]
         coarse = max(1, sum(end <= COARSE_TOKENS for end in ends))
         self.lengths = [ends[coarse - 1], *schedule.lengths[coarse:]]  # of the coarse group, then of each finer scale
@@ -38,10 +39,11 @@ class ScaleCausalAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         qs, ks, vs = (x.split(self.lengths, dim=2) for x in (q, k, v))
-        out = [attend(qs[0], ks[0], vs[0], self.mask)]
+        out = [attend(qs[0], ks[0], vs[0], self.mask, self.dropout)]
         for i in range(1, len(qs)):
             # A copy of the prefix, not a slice of the whole: the gradient of a slice is padded to full length.
-            out.append(attend(qs[i], torch.cat(ks[: i + 1], dim=2), torch.cat(vs[: i + 1], dim=2)))
+            seen = torch.cat(ks[: i + 1], dim=2), torch.cat(vs[: i + 1], dim=2)
+            out.append(attend(qs[i], *seen, dropout=self.dropout))
         return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
 
@@ -101,12 +103,12 @@ def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel | None:
     return KERNEL if torch.cuda.get_device_capability(device) >= KERNEL.capability[dtype] else None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """q arrives normalised and scaled by the head's temperature, so the softmax scale is 1."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """q arrives scaled, so the softmax scale is 1. `dropout` is of the attention weights."""
     kernel = kernel_for(q.device, q.dtype)
-    if kernel is not None and mask is None:
+    if kernel is not None and mask is None and not dropout:
         return kernel.attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
 
 
 class SelfAttention(nn.Module):

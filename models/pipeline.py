@@ -106,7 +106,8 @@ class SARPipeline(
         run, named = find_run(ckpt), bool(vae_ckpt)
         model = load_flexvar(ckpt)
         vae_ckpt = vae_ckpt or (run and run.tokenizer) or model.config.released_tokenizer
-        vae = load_tokenizer(vae_ckpt)
+        options = model.config.tokenizer_options(run.flags) if run else {}
+        vae = load_tokenizer(vae_ckpt, **options)
         model.config.check_tokenizer(vae.config, ckpt, vae_ckpt)
         if run is not None:
             run.check_tokenizer(digest_of(vae), str(vae_ckpt), named)
@@ -145,7 +146,7 @@ class SARPipeline(
 
     @property
     def device(self) -> torch.device:
-        return self.model.pos_start.device
+        return self.model.device
 
     @property
     def side(self) -> int:
@@ -160,10 +161,21 @@ class SARPipeline(
         top_p: float = TOP_P,
         fill_steps: int = 8,
         max_pn: int = 0,
+        flow_steps: int = 25,
+        guidance_interval: float = 0.9,
         more_smooth: bool = False,
     ) -> SamplingConfig:
         """Settings this model is sampled with. max_pn 0 is its own: 16 for released weights, no bound for others."""
-        return SamplingConfig(Guidance(guidance, cfg), top_k, top_p, max_pn or self.max_pn, fill_steps, more_smooth)
+        return SamplingConfig(
+            Guidance(guidance, cfg),
+            top_k,
+            top_p,
+            max_pn or self.max_pn,
+            fill_steps,
+            flow_steps,
+            guidance_interval,
+            more_smooth,
+        )
 
     def greedy_sides(self, draw: SamplingConfig) -> str:
         """A line on the sides that the released models' rule takes greedily; empty when there are none."""
@@ -191,7 +203,7 @@ class SARPipeline(
         """Codes {side: (B, s²)} of n images of each class. Image i is drawn from seed + i.
 
         options: cfg 2.5, guidance "ramp", top_k 900, top_p 0.95, max_pn; of models that read them fill_steps 8,
-        more_smooth: see `drawing`.
+        flow_steps 25, guidance_interval 0.9, more_smooth: see `drawing`.
         """
         labels = self.labels(classes, n)
         seeds = range(seed, seed + len(labels))

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.autoencoder import Decoder, Encoder, network_sizes
 from models.residual_pathway import PHIS, KnownResiduals, ResidualPathway, ResidualQuantizer, area, as_vectors
 from models.scales import ScaleSchedule
 from models.tokenizer import Quantised, Tokenizer
-from models.vqvae import Downsample, ResBlock, Upsample, VQVAEConfig, count, norm, sizes_of
+from models.vqvae import VQVAEConfig, count, norm
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ResidualVQVAEConfig(VQVAEConfig):
     pathway = "residual"
     released = "pretrained/vae_ch160v4096z32.pth"
     tied_to_schedule = True
-    unread = ("z_channels", "sides_per_step", "entropy")
+    unread = ("z_channels", "sides_per_step", "entropy", "kl", "equivariant")
 
     def __post_init__(self):
         super().__post_init__()
@@ -58,7 +59,9 @@ class ResidualVQVAEConfig(VQVAEConfig):
         if phis != PHIS:
             raise ValueError(f"its scales share {phis} convolutions; {PHIS} are known here")
         counted = weights.get("quantize.ema_vocab_hit_SV", torch.empty(0))
-        return {**sizes_of(weights, "encoder.down.{}.block.{}.conv1.weight"), "counted_scales": len(counted)}
+        rows, dim = weights["quantize.embedding.weight"].shape
+        codebook = {"codebook_size": rows, "codebook_dim": dim, "z_channels": dim, "counted_scales": len(counted)}
+        return {**network_sizes(weights), **codebook}
 
 
 class AttnBlock(nn.Module):
@@ -75,87 +78,6 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
-class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention at the coarsest, then the change of scale."""
-
-    def __init__(self, c_in: int, c_out: int, blocks: int, attention: bool):
-        super().__init__()
-        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(blocks if attention else 0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if self.attn:
-                x = self.attn[i](x)
-        for change in ("downsample", "upsample"):
-            if hasattr(self, change):
-                x = getattr(self, change)(x)
-        return x
-
-
-class Middle(nn.Module):
-    """A residual block, attention, a residual block."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.block_1, self.attn_1 = ResBlock(channels, channels), AttnBlock(channels)
-        self.block_2 = ResBlock(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class Encoder(nn.Module):
-    """Images (B, 3, H, W) → features (B, z_channels, h, w)."""
-
-    def __init__(self, config: VQVAEConfig):
-        super().__init__()
-        base, widths = config.base_width, [config.base_width * m for m in config.width_mult]
-        last = len(widths) - 1
-        self.conv_in = nn.Conv2d(3, base, 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(c_in, c_out, config.res_blocks, attention=i == last)
-            for i, (c_in, c_out) in enumerate(zip([base, *widths[:-1]], widths, strict=True))
-        )
-        for level, width in zip(self.down[:-1], widths, strict=False):
-            level.downsample = Downsample(width)
-        self.mid = Middle(widths[-1])
-        self.norm_out = norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
-
-
-class Decoder(nn.Module):
-    """Features (B, z_channels, h, w) → images (B, 3, H, W); level 0 is the finest."""
-
-    def __init__(self, config: VQVAEConfig):
-        super().__init__()
-        widths = [config.base_width * m for m in config.width_mult]
-        last = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
-        self.up = nn.ModuleList(
-            Level(c_in, c_out, config.res_blocks + 1, attention=i == last)
-            for i, (c_in, c_out) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
-        )
-        for level, width in zip(self.up[1:], widths[1:], strict=True):
-            level.upsample = Upsample(width)
-        self.norm_out = norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(x))
-        for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
-
-
 class ResidualVQVAE(Tokenizer):
     """Images in [-1, 1] ↔ codes of the sides of one schedule, each of which adds to what the coarser ones say."""
 
@@ -164,8 +86,10 @@ class ResidualVQVAE(Tokenizer):
     def __init__(self, config: ResidualVQVAEConfig | None = None):
         super().__init__()
         self.config = config = config or ResidualVQVAEConfig()
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        sizes = (config.base_width, config.width_mult, config.res_blocks, config.z_channels)
+        last = (len(config.width_mult) - 1,)
+        self.encoder = Encoder(*sizes, AttnBlock, last)
+        self.decoder = Decoder(*sizes, AttnBlock, last)
         self.quantize = ResidualQuantizer(config.codebook_size, config.codebook_dim, config.counted_scales)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 3, padding=1)

@@ -6,6 +6,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 from utils.runtime.checkpoint import last_invariants
@@ -26,6 +27,11 @@ class RunRecord:
     def schedule(self) -> ScaleSchedule | None:
         pn = self.content["model"].get("pn")
         return ScaleSchedule.parse(pn) if pn else None
+
+    @property
+    def flags(self) -> SimpleNamespace:
+        """Its flags of the model."""
+        return SimpleNamespace(**self.content["model"])
 
     @property
     def supervision(self) -> str:

@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from models.flexvar import DecodingState, FlexVAR, check_labels
-from models.head import guide, sample_tokens
 from models.scales import Pathway, ScaleSchedule
 from models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from models.flexvar import FlexVAR
 
 # Sides that released models were tuned to sample at; any other is taken greedily.
 SAMPLED_SIDES = frozenset({1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32})
@@ -80,6 +81,8 @@ class SamplingConfig:
     top_p: float = 0.0
     max_pn: int | None = None
     fill_steps: int = 8  # of a model that fills its first side step by step
+    flow_steps: int = 25  # of Euler's method, of a flow-matching head
+    guidance_interval: float = 0.9  # of a flow-matching head: guidance acts at times up to this one
     more_smooth: bool = False  # of a residual pathway: mixed embeddings instead of drawn ones, for pictures
 
     def greedy(self, s: int) -> bool:
@@ -91,6 +94,15 @@ def image_uniforms(seeds: Sequence[int], total: int, device: torch.device) -> Te
     """Uniform numbers (B, total), one row from each image's own seed."""
     rows = [torch.rand(total, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows).to(device)
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Class ids a user named; the unconditional class is not one of them."""
+    if labels.ndim != 1 or len(labels) == 0:
+        raise ValueError(f"labels must be a non-empty list of class ids, got shape {tuple(labels.shape)}")
+    bad = labels[(labels < 0) | (labels >= num_classes)]
+    if len(bad):
+        raise ValueError(f"class id {bad[0].item()} is out of range: this model knows 0…{num_classes - 1}")
 
 
 @contextmanager
@@ -112,48 +124,30 @@ def generate_scales(
     labels: Tensor,
     schedule: ScaleSchedule,
     draw: SamplingConfig,
-    uniforms: Tensor,
+    noise: Tensor,
     edit: Edit | None = None,
     soften: Soften | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Sample scale by scale: cached forward → guidance → top-k/top-p → codes → canvas.
+    """Sample scale by scale: cached forward → guidance → draw → canvas.
 
     Yields (side, codes (B, s²)) coarse to fine. `edit` may replace the codes of a scale before they are yielded and
-    put on the canvas. The caller sees to evaluation mode and to `no_grad`, and supplies uniform numbers: (B, L), or as
-    many as the model's `uniforms_needed` says. `soften` makes embeddings (B, s², D), which take the place of codes.
+    put on the canvas. The caller sees to evaluation mode and to `no_grad`, and supplies the noise that the model's
+    `draw_noise` gives: for codes uniform numbers (B, L), or more. `soften` makes embeddings (B, s², D), which take the
+    place of codes.
     """
-    sides = schedule.sides
-    weights = draw.guidance.weights(sides, draw.max_pn, model.config.ramp_end)
-    guided = any(weights) or (model.unmasks_first_scale and draw.guidance.half_ramp(1.0) > 0)
+    guided = model.guided(draw, schedule.sides)
     if guided:  # conditional half, then unconditional half
         labels = torch.cat([labels, torch.full_like(labels, model.null_class)])
     state, canvas = model.init_cache(labels, schedule.total), pathway.canvas(schedule)
     inputs = None
-    for i, s in enumerate(sides):
-        if i == 0 and model.unmasks_first_scale:
-            order = uniforms[:, schedule.total :]
-            codes = model.unmask_first_scale(state, pathway, draw, uniforms[:, schedule.span(0)], order)
-        else:
-            logits = one_scale(model, state, inputs, s, weights[i], len(uniforms))
-            top_k = 1 if draw.greedy(s) else draw.top_k
-            if soften is None:
-                codes = sample_tokens(logits, top_k, draw.top_p, uniforms[:, schedule.span(i)])
-            else:
-                codes = soften(i, logits)
+    for i, s in enumerate(schedule.sides):
+        codes = model.draw_scale(state, pathway, inputs, i, schedule, draw, noise, soften)
         if edit is not None:
             codes = edit(s, codes)
         yield s, codes
         inputs = canvas.add(i, codes)  # (B, s'², D)
         if guided and inputs is not None:
             inputs = inputs.repeat(2, 1, 1)
-
-
-def one_scale(model: FlexVAR, state: DecodingState, inputs: Tensor | None, s: int, weight: float, batch: int) -> Tensor:
-    """Guided logits (B, s², V) of the next scale."""
-    if weight:
-        conditional, unconditional = model.decode_scale(state, inputs, s).chunk(2)
-        return guide(conditional, unconditional, weight)
-    return model.decode_scale(state, inputs, s, rows=batch)  # the unconditional half is remembered, not read
 
 
 @torch.no_grad()
@@ -171,12 +165,12 @@ def sample_codes(
     check_labels(labels, model.config.num_classes)
     if len(seeds) != len(labels):
         raise ValueError(f"each image needs a seed of its own: {len(labels)} labels, {len(seeds)} seeds")
-    device, schedule = model.pos_start.device, model.trim(schedule)
-    uniforms = image_uniforms(seeds, model.uniforms_needed(schedule), device)
+    device, schedule = model.device, model.trim(schedule)
+    noise = model.draw_noise(seeds, schedule, device)
     codes: dict[int, Tensor] = {}
     soften = pathway.soften(schedule, draw, seeds) if draw.more_smooth else None
     with evaluating(model):
-        for s, codes[s] in generate_scales(model, pathway, labels.to(device), schedule, draw, uniforms, edit, soften):
+        for s, codes[s] in generate_scales(model, pathway, labels.to(device), schedule, draw, noise, edit, soften):
             if s == until:
                 break
     return codes

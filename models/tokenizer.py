@@ -26,12 +26,14 @@ class Quantised(NamedTuple):
     vectors: list[Tensor]  # (B·s², D) of each side, before quantisation
     images: list[Tensor]  # the pictures that they decode to; their gradient goes straight through the quantiser
     codebook: Tensor  # mean squared distance of the chosen rows to the vectors, for the rows
-    commitment: Tensor  # the same for the vectors
+    commitment: Tensor  # the same for the vectors; of a KL autoencoder the divergence of the posterior
+    real: list[Tensor] | None = None  # what the pictures should be; None: the image, resized to each
 
 
 class Tokenizer(nn.Module):
     """Images in [-1, 1] ↔ codes of several sides: what training, sampling and evaluation ask of a tokenizer."""
 
+    equivariant: bool = False  # of a KL autoencoder in training
     config: Any  # a `VQVAEConfig`, or a subclass
     encoder: nn.Module
     decoder: nn.Module
@@ -39,9 +41,8 @@ class Tokenizer(nn.Module):
     post_quant_conv: nn.Module
 
     @property
-    @abstractmethod
-    def codebook(self) -> Tensor:
-        """The embeddings of all codes (V, D)."""
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     @property
     @abstractmethod
@@ -80,6 +81,17 @@ class Tokenizer(nn.Module):
     @abstractmethod
     def quantise(self, images: Tensor, sides: Sequence[int]) -> Quantised:
         """Images (B, 3, H, W) through the tokenizer, at these sides, for its training."""
+
+    def to_cache(self, images: Tensor, sides: ScaleSchedule, supervision: str) -> Tensor:
+        """Images (B, 3, H, W) → what a cache of these sides holds of each (B, n), on the CPU: codes, in 16 bits."""
+        found = self.tokenize(images, sides.sides, supervision)
+        return torch.cat(list(found.values()), dim=1).to(torch.uint16).cpu()
+
+    def from_cache(
+        self, rows: Tensor, sides: ScaleSchedule, schedule: ScaleSchedule, supervision: str
+    ) -> dict[int, Tensor]:
+        """Rows (B, n) of a cache of these sides → the tokens of a schedule's, as `tokenize` gives them."""
+        return {s: rows[:, sides.span(sides.sides.index(s))].long() for s in schedule.sides}
 
     def cached_sides(self, size: int, schedule: ScaleSchedule) -> ScaleSchedule:
         """The sides that a code cache of images of `size` pixels holds: all, so that it has those of any schedule."""

@@ -35,7 +35,12 @@ class VARConfig(FlexVARConfig):
     shared_aln: bool = False
 
     flags = (VARFlags,)
-    goes_with: ClassVar[dict[str, tuple[str, ...]]] = {"schedule": ("fixed",), "supervision": ("latent",)}
+    goes_with: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "schedule": ("fixed",),
+        "supervision": ("latent",),
+        "csf_target": ("teacher", "ground_truth", "teacher_soft", "requantised"),
+        "rollout_steps": (25,),
+    }
     pathway = "residual"
     released_tokenizer = "pretrained/vae_ch160v4096z32.pth"
     released_max_pn = None

@@ -44,7 +44,7 @@ class VQVAEConfig:
     pathway: ClassVar[str] = "upsampling"  # what its codes feed: see `models/scales.py`
     released: ClassVar[str] = "pretrained/FlexVAE.pth"
     tied_to_schedule: ClassVar[bool] = False  # True where codes of one schedule say nothing about another
-    unread: ClassVar[tuple[str, ...]] = ()  # flags of train_tokenizer.py that have no effect on it
+    unread: ClassVar[tuple[str, ...]] = ("kl", "equivariant")  # flags of train_tokenizer.py that have no effect on it
 
     @classmethod
     def from_flags(cls, flags: Any) -> VQVAEConfig:
@@ -58,24 +58,25 @@ class VQVAEConfig:
         return "encoder.conv_blocks.0.res.0.conv1.weight" in weights
 
     @classmethod
+    def adapted(cls, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A state dict of such a file, under the names that are used here."""
+        return weights
+
+    @classmethod
     def sizes_of(cls, weights: Mapping[str, Tensor]) -> dict[str, Any]:
         """Sizes, read off the tensors of a state dict. Raises KeyError for what is missing."""
-        return sizes_of(weights, "encoder.conv_blocks.{}.res.{}.conv1.weight")
-
-
-def sizes_of(weights: Mapping[str, Tensor], pattern: str) -> dict[str, Any]:
-    """A tokenizer's sizes; `pattern` names the first convolution of a level's residual block."""
-    base = weights["encoder.conv_in.weight"].shape[0]
-    levels = count(weights, lambda i: pattern.format(i, 0))
-    rows, dim = weights["quantize.embedding.weight"].shape
-    return {
-        "base_width": base,
-        "width_mult": tuple(weights[pattern.format(i, 0)].shape[0] // base for i in range(levels)),
-        "res_blocks": count(weights, lambda i: pattern.format(0, i)),
-        "z_channels": weights["encoder.conv_out.weight"].shape[0],
-        "codebook_size": rows,
-        "codebook_dim": dim,
-    }
+        pattern = "encoder.conv_blocks.{}.res.{}.conv1.weight"
+        base = weights["encoder.conv_in.weight"].shape[0]
+        levels = count(weights, lambda i: pattern.format(i, 0))
+        rows, dim = weights["quantize.embedding.weight"].shape
+        return {
+            "base_width": base,
+            "width_mult": tuple(weights[pattern.format(i, 0)].shape[0] // base for i in range(levels)),
+            "res_blocks": count(weights, lambda i: pattern.format(0, i)),
+            "z_channels": weights["encoder.conv_out.weight"].shape[0],
+            "codebook_size": rows,
+            "codebook_dim": dim,
+        }
 
 
 def count(weights: Mapping[str, Tensor], name: Callable[[int], str]) -> int:

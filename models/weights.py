@@ -6,6 +6,7 @@ Loads are strict. The known differences of released files are in KNOWN, by name.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -118,16 +119,22 @@ def tokenizer_file(path: str | Path) -> Path:
     return find_weights(newest, EMA)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, **options: float) -> Tokenizer:
     """A tokenizer from a file or a tokenizer run's directory: frozen, in evaluation mode, sizes as in the file.
+
+    `options` are fields of its config that no file tells: `scaling` and `patch` of a KL autoencoder.
 
     Of a run with a moving average of its weights it is the average. Its weights are laid out channels last, which
     convolutions are faster in.
     """
     path = tokenizer_file(path)
     weights = read_state_dict(path)
+    config = recognise_tokenizer(weights, path)
+    if any(options.values()):
+        config = replace(config, **options)  # type: ignore[arg-type]
     with torch.device("meta"):  # the weights come from the file: draw none
-        vae = recognise_tokenizer(weights, path).build()
+        vae = config.build()
+    weights = dict(config.adapted(weights))
     load_strictly(vae, weights, path, assign=True)
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
@@ -135,8 +142,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def load_flexvar(path: str | Path) -> FlexVAR:
     """A transformer from a file or a run's directory, sizes as in the file."""
     weights = read_state_dict(path)
+    config = recognise(weights, path)
     with torch.device("meta"):
-        model = recognise(weights, path).build()
+        model = config.build()
+    weights = dict(config.adapted(weights))
     load_strictly(model, weights, path, assign=True)
     return model
 

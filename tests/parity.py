@@ -20,13 +20,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models import FlexVAR, FlexVARConfig, Guidance, SamplingConfig, ScaleSchedule, VQVAEConfig
+from models.flow_head import FlowPrediction, FlowSampler, FlowTarget
+from models.flowar import FlowAR, FlowARConfig
 from models.head import Sampler
+from models.kl_vae import KLAutoencoder, KLConfig
 from models.residual_vqvae import ResidualVQVAEConfig
-from models.sampling import generate, sample_codes
+from models.sampling import generate, generate_scales, sample_codes
 from models.tokenizer import Tokenizer
 from models.var import VARConfig
 from models.weights import load_flexvar, load_tokenizer
-from tests.recipes import blocky_images, fill, flexvar_value, plain_images, var_value
+from tests.recipes import blocky_images, fill, flexvar_value, flowar_value, plain_images, var_value
 
 Values = Iterator[tuple[str, Tensor]]
 
@@ -37,6 +40,8 @@ def tolerance_of(name: str, wanted: Tensor) -> float:
         return 0.0
     if "smooth." in name:
         return 5e-3
+    if name.startswith(("sample.guided", "sample.unguided", "sample.odd", "sample.uniform", "other.sample", "sar.")):
+        return 1e-5 if name in ("sar.time", "sar.noise") else 2e-4  # FlowAR: everything sampled, and what follows it
     return 2e-5 if ".grad" in name or is_image(name) else 1e-5
 
 
@@ -53,6 +58,14 @@ def subsampled(name: str, found: Tensor) -> Tensor:
     if name.endswith("inputs"):
         return found[:, ::7]
     return found[:, :, ::4] if name == "vae.f_hat" else found
+
+
+def stored_part(name: str, found: Tensor, wanted: Tensor) -> Tensor:
+    """What FlowAR's data store: the first images; of conditions the last tokens, of the first stack the first ones."""
+    found = found[: len(wanted)]
+    if found.ndim == 3 and found.shape[1] > wanted.shape[1]:
+        return found[:, : wanted.shape[1]] if name == "teacher.encoder" else found[:, -wanted.shape[1] :]
+    return found
 
 
 def error_of(found: Tensor, wanted: Tensor) -> float:
@@ -226,6 +239,159 @@ def var_samples(model: FlexVAR, vae: Tokenizer, labels: Tensor, schedule: ScaleS
         yield f"sample.{name}.image", image.clamp(-1, 1).add(1).mul(0.5)
 
 
+# ------------------------------------------------------------------------------------------------- FlowAR
+
+
+def flowar_inputs(config: dict) -> dict[str, Tensor]:
+    """Images, noise and times, drawn in the order of the recipe."""
+    batch, side, other = (config["inputs"][name] for name in ("batch", "image_size", "ldm_image_size"))
+    generator, schedule = (
+        torch.Generator().manual_seed(config["inputs"]["seed"]),
+        ScaleSchedule(tuple(config["scales"])),
+    )
+    z, tokens = config["vae"]["z_channels"], (batch, schedule.total, config["vae"]["z_channels"])
+    full, scales = schedule.sides[-1], len(schedule)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "images": uniform(batch, 3, side, side) * 2 - 1,
+        "vae.noise": normal(batch, z, full, full),
+        "flow.time": uniform(batch, scales),
+        "flow.noise": normal(*tokens),
+        "sample.noise": normal(*tokens),
+        "sar.time": uniform(batch, scales),
+        "sar.noise": normal(*tokens),
+        "ldm.images": uniform(config["tensors"]["ldm.images"][1][0], 3, other, other) * 2 - 1,
+    }
+
+
+def kl_of(config: dict, patch: int) -> KLAutoencoder:
+    """A KL autoencoder by the recipe."""
+    mults, size = tuple(config["ch_mult"]), config["resolution"]
+    at = {part: config.get(f"{part}_attention_at", config.get("attention_at", [])) for part in ("encoder", "decoder")}
+    levels = {f"{part}_attention": tuple(i for i in range(len(mults)) if size >> i in a) for part, a in at.items()}
+    sizes = KLConfig(
+        config["ch"], mults, config.get("num_res_blocks", 2), config["z_channels"], **levels, patch=patch,
+        scaling=config["scaling"],
+    )  # fmt: skip
+    return fill(sizes.build(), config["seed"], flowar_value)  # type: ignore[return-value]
+
+
+def flowar_of(config: dict, scales: list[int], dim: int) -> FlowAR:
+    """A FlowAR by the recipe."""
+    names = {"depth": "depth", "width": "width", "heads_": "heads", "flow_depth": "head_depth"}
+    names |= {"flow_width": "head_width", "flow_cross": "cross"}
+    sizes = {own: config[name] for own, name in names.items()}
+    return fill(FlowARConfig(**sizes, codebook_dim=dim, sides=tuple(scales)).build(), config["seed"], flowar_value)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def flowar_values(config: dict, directory: Path) -> Values:
+    """The project's values of all tensors of FlowAR's golden data."""
+    given, labels = flowar_inputs(config), torch.tensor(config["inputs"]["labels"])
+    schedule = ScaleSchedule(tuple(config["scales"]))
+    yield from {**given, "labels": labels}.items()
+    vae = kl_of(config["vae"], patch=1)
+    mean, log_variance = vae.moments(given["images"])
+    yield "vae.moments", torch.cat([mean, log_variance], dim=1)
+    latents = vae.latents(mean, log_variance, given["vae.noise"])
+    yield "vae.latents", latents
+    yield "vae.reconstruction", vae.decode_maps(latents / vae.scaling)
+    pathway, drawn = vae.pathway, {schedule.sides[-1]: (latents / vae.scaling, torch.zeros_like(latents))}
+    tokens = joined(vae.from_moments(drawn, schedule.sides, sample=False))
+    inputs = pathway.inputs(tokens, schedule)
+    yield from {"scales.targets": tokens, "scales.inputs": inputs}.items()
+    point = FlowTarget(tokens, given["flow.time"], given["flow.noise"])
+    model, second = (flowar_of(config[name], config["scales"], tokens.shape[2]) for name in ("flowar", "other"))
+    yield from flowar_passes(model, labels, inputs, point, schedule)
+    yield from flowar_samples(config["sampling"], model, vae, labels, schedule, given["sample.noise"])
+    yield "other.condition", second(labels, inputs, schedule)
+    found = second(labels, inputs, schedule, point)
+    yield from {"other.velocity": found.velocity, "other.loss": found.loss.view(1)}.items()
+    settings = config["sampling"]
+    yield "other.sample.latents", walked(second, vae, labels, schedule, given["sample.noise"],
+                                         settings["cfg"], settings["steps"], settings["guidance"])  # fmt: skip
+    yield from flowar_second_pass(config["sar"]["steps"], model, vae, labels, inputs, point, schedule, given)
+    yield from flowar_image_supervision(vae, given["images"], schedule)
+    ldm = kl_of(config["ldm"], config["ldm"]["patch_size"])
+    mean, log_variance = ldm.moments(given["ldm.images"])
+    yield "ldm.moments", torch.cat([mean, log_variance], dim=1)
+    yield "ldm.reconstruction", ldm.decode_maps(mean)
+    tokens = joined(ldm.from_moments({schedule.sides[-1]: (mean, log_variance)}, schedule.sides, sample=False))
+    yield from {"ldm.targets": tokens, "ldm.inputs": ldm.pathway.inputs(tokens, schedule)}.items()
+
+
+def flowar_passes(model: FlowAR, labels: Tensor, inputs: Tensor, point: FlowTarget, schedule: ScaleSchedule) -> Values:
+    """Teacher forcing: what the first stack says, what conditions the head, and the flow loss."""
+    seen: list[Tensor] = []
+    hook = model.encoder_norm.register_forward_hook(lambda _, x, y: seen.append(y))
+    condition, null = model(labels, inputs, schedule), torch.full_like(labels, model.null_class)
+    hook.remove()
+    yield from {"teacher.encoder": seen[0], "teacher.condition": condition}.items()
+    yield "teacher.condition_null", model(null, inputs, schedule)
+    found = model(labels, inputs, schedule, point)
+    yield from {"flow.velocity": found.velocity, "flow.loss": found.loss.view(1)}.items()
+    yield "flow.loss_scales", torch.stack([part.mean() for part in schedule.split(found.losses)])
+    yield "flow.loss_null", model(null, inputs, schedule, point).loss.view(1)
+
+
+def walked(
+    model: FlowAR, vae: Tokenizer, labels: Tensor, schedule: ScaleSchedule, noise: Tensor, cfg: float, steps: int,
+    interval: float,
+) -> Tensor:  # fmt: skip
+    """Samples of all scales (B, L, D) from given noise."""
+    draw = SamplingConfig(Guidance("ramp", cfg), flow_steps=steps, guidance_interval=interval)
+    return torch.cat([x for _, x in generate_scales(model, vae.pathway, labels, schedule, draw, noise)], dim=1)  # type: ignore[arg-type]
+
+
+def flowar_samples(
+    settings: dict, model: FlowAR, vae: KLAutoencoder, labels: Tensor, schedule: ScaleSchedule, noise: Tensor
+) -> Values:
+    """Guided, unguided, with an odd number of steps, on the uniform grid."""
+    cfg, interval = settings["cfg"], settings["guidance"]
+    guided = walked(model, vae, labels, schedule, noise, cfg, settings["steps"], interval)
+    yield "sample.guided.latents", guided
+    yield "sample.guided.images", vae.decode_at(schedule.by_side(guided), schedule.sides[-1], schedule)
+    yield "sample.unguided.latents", walked(model, vae, labels, schedule, noise, 1.0, settings["steps"], interval)
+    yield "sample.odd_steps.latents", walked(model, vae, labels, schedule, noise, cfg, settings["odd_steps"], 1.0)
+    uniform = settings["uniform_cfg"], settings["uniform_steps"], settings["uniform_guidance"]
+    yield "sample.uniform.latents", walked(model, vae, labels, schedule, noise, *uniform)
+
+
+def flowar_second_pass(
+    steps: int, model: FlowAR, vae: KLAutoencoder, labels: Tensor, inputs: Tensor, point: FlowTarget,
+    schedule: ScaleSchedule, given: dict[str, Tensor],
+) -> Values:  # fmt: skip
+    """Rollouts, and the three readings of the second pass's loss."""
+
+    def passed(steps: int) -> FlowPrediction:
+        sampler = FlowSampler(0, schedule.total, given["sample.noise"], steps)
+        return model(labels, inputs, schedule, point, sampler=sampler)  # type: ignore[return-value]
+
+    teacher, first = passed(steps), schedule.lengths[0]
+    yield from {"sar.rollout": teacher.sampled, "sar.rollout_mean": passed(1).sampled}.items()
+    fed = vae.pathway.inputs(teacher.sampled, schedule)
+    yield from {"sar.inputs": fed, "sar.condition": model(labels, fed, schedule)}.items()
+    fresh = FlowTarget(teacher.sampled[:, first:], given["sar.time"][:, 1:], given["sar.noise"][:, first:])
+    yield "sar.csf_loss_sample", model(labels, fed, schedule, fresh, first=1).loss.view(1)
+    for kind in ("velocity", "ground_truth"):
+        wanted = teacher.targets(kind, point.tokens, schedule, first=1)
+        yield f"sar.csf_loss_{kind}", model(labels, fed, schedule, wanted, first=1).loss.view(1)
+
+
+def flowar_image_supervision(vae: KLAutoencoder, images: Tensor, schedule: ScaleSchedule) -> Values:
+    """Targets from resized images, and both readings of what feeds the next scale."""
+    moments = vae.moments_of(images, schedule.sides, "image")
+    tokens = joined(vae.from_moments(moments, schedule.sides, sample=False))
+    yield from {"image.targets": tokens, "image.inputs": vae.pathway.inputs(tokens, schedule)}.items()
+    yield "image.inputs_in_pixels", vae.inputs_in_pixels(images, schedule)
+
+
 # ------------------------------------------------------------------------------------------------- compare
 
 
@@ -233,14 +399,17 @@ def compare(directory: Path) -> list[str]:
     """Prints a line for each tensor of a directory. Returns the names of those that are off or were not computed."""
     config = json.loads((directory / "config.json").read_text())
     expected = load_file(directory / "expected.safetensors")
-    values = (var_values if "var" in config else flexvar_values)(config, directory)
+    made = flowar_values if "flowar" in config else var_values if "var" in config else flexvar_values
+    values = made(config, directory)
     off, seen = [], set()
     for name, found in values:
         seen.add(name)
         if name not in expected:
             continue
         wanted = expected[name]
-        if config.get("subsample") and found.shape != wanted.shape:
+        if "flowar" in config:
+            found = stored_part(name, found, wanted)
+        elif config.get("subsample") and found.shape != wanted.shape:
             found = subsampled(name, found)
         same = found.shape == wanted.shape
         error, limit = error_of(found, wanted) if same else float("inf"), tolerance_of(name, wanted)

@@ -69,6 +69,21 @@ def var_value(key: str, shape: torch.Size, noise: Tensor) -> Tensor:
     return noise / shape[1] ** 0.5
 
 
+def flowar_value(key: str, shape: torch.Size, noise: Tensor) -> Tensor:
+    """FlowAR's and the KL autoencoders'."""
+    if len(shape) == 1 and key.endswith("weight"):
+        return 1 + 0.1 * noise
+    if key.endswith("bias"):
+        return 0.05 * noise
+    if key.endswith("pos_embed_learned"):
+        return 0.5 * noise
+    if key == "class_emb.weight":
+        return noise
+    if len(shape) == 4:
+        return noise * 1.2 / (shape[1] * shape[2] * shape[3]) ** 0.5
+    return noise / shape[1] ** 0.5
+
+
 def plain_images(seed: int, batch: int, side: int) -> Tensor:
     """Uniform noise (B, 3, side, side) in [-1, 1]."""
     return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1

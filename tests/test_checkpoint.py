@@ -227,5 +227,5 @@ def test_a_shared_file_of_another_run_is_not_taken_for_weights(write, tmp_path):
     shutil.copy(tmp_path / "checkpoints/step_0000001" / MODEL, tmp_path / "kept.safetensors")
     save_file({"head.weight": torch.full((2, 2), torch.nan)}, tmp_path / "nan.safetensors")
     load_flexvar(tmp_path / "kept.safetensors")
-    with pytest.raises(ValueError, match="is not a FlexVAR"):
+    with pytest.raises(ValueError, match="is not a transformer"):
         load_flexvar(tmp_path / "nan.safetensors")

@@ -57,7 +57,7 @@ def test_codes_equal_those_encoded_on_the_fly(cache, tiny_vae):
             (epoch, index) for epoch in epochs for index in (0, 499 if split == "train" else 99, 17, len(views) - 1)
         ]
         codes, labels = next(iter(make_loader(cached, [keys], 0, ALONE.device)))
-        found = cached.code_batch(codes, labels, schedule)
+        found = cached.code_batch(tiny_vae, codes, labels, schedule)
         seen = [(epoch % 3 if split == "train" else 0, index) for epoch, index in keys]
         images, wanted_labels = next(iter(make_loader(views, [seen], 0, ALONE.device)))
         wanted = encode_batch(tiny_vae, images, wanted_labels, schedule)

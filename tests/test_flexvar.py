@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.flexvar import FlexVAR, FlexVARConfig, check_labels, sinusoids
-from models.sampling import evaluating
+from models.flexvar import FlexVAR, FlexVARConfig, sinusoids
+from models.sampling import check_labels, evaluating
 from models.scales import ScaleSchedule, shift_all
 from tests.conftest import manifest, worst
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,8 @@ import simple_parsing
 
 from models.sampling import TOP_K, TOP_P
 from utils.runtime.flags import Flags, alias, at_least, at_most, check_number, only_with, without
+
+SOME_READ = ("top_k", "top_p", "max_pn", "fill_steps", "flow_steps", "guidance_interval")  # by some models only
 
 
 class Repeated(argparse.Action):
@@ -40,6 +43,10 @@ class DrawConfig(Flags):
     """sides above it, and those that released models were not tuned for, are taken greedily; 0: 16 for released weights
     (files that belong to no run), no such rule for others"""
     fill_steps: int = 8  # steps in which the first side is filled, of models that fill it step by step
+    flow_steps: int = (
+        25  # steps of Euler's method, of models with a flow-matching head; 25 are 24 evaluations, as published
+    )
+    guidance_interval: float = 0.9  # of a flow-matching head: guidance acts at times up to this one
     pn: str = alias("", "--infer_patch_nums")
     """scales, like 1_2_3_4; empty: those that CKPT brings along, or the default ten"""
     seed: int = 0  # of every image (and, in evaluation, of the class order)
@@ -51,19 +58,19 @@ class DrawConfig(Flags):
 
     def check_drawing(self) -> None:
         """Raises ValueError for a value out of range, or one that nothing reads."""
-        at_least(self, cfg=0, top_k=0, top_p=0, max_pn=0, fill_steps=1, seed=0)
-        at_most(self, top_p=1, fill_steps=10_000)
+        at_least(self, cfg=0, top_k=0, top_p=0, max_pn=0, fill_steps=1, flow_steps=2, guidance_interval=0, seed=0)
+        at_most(self, top_p=1, fill_steps=10_000, flow_steps=10_000, guidance_interval=1)
         only_with(self, self.guidance != "none", "guidance: leave --guidance none out", ["cfg"])
         only_with(self, self.top_k != 1, "another --top_k than 1, the greedy one", ["top_p", "max_pn"])
 
     @property
     def options(self) -> dict[str, Any]:
         """Settings of sampling, as a pipeline takes them."""
-        return {name: getattr(self, name) for name in ("cfg", "guidance", "top_k", "top_p", "max_pn", "fill_steps")}
+        return {name: getattr(self, name) for name in ("cfg", "guidance", *SOME_READ)}
 
-    def check_model(self, unmasks_first_scale: bool) -> None:
-        """Raises ValueError for flags that this model does not read."""
-        only_with(self, unmasks_first_scale, "a model that fills its first side step by step", ["fill_steps"])
+    def check_model(self, name: str, reads: Sequence[str]) -> None:
+        """Raises ValueError for flags of sampling that a model does not read; it reads those named."""
+        only_with(self, False, f"such a model as {name}", [flag for flag in SOME_READ if flag not in reads])
 
 
 @dataclass(frozen=True)
@@ -170,6 +177,8 @@ class EvalConfig(DrawConfig):
             "sweep_cfg",
             "max_pn",
             "fill_steps",
+            "flow_steps",
+            "guidance_interval",
         ]
         sampling += ["sweep_top_k", "sweep_top_p", "eval_scale", "save_npz", "save_png"]
         sampling += ["ckpt", "guidance", "precision", "depth"]

@@ -20,7 +20,8 @@ class TokenizerConfig(Flags):
     init_ckpt: str = ""  # weights to start from (a file or a run's directory); empty: from scratch
     image_size: int = 256  # side of the training images
     quantiser: str = simple_parsing.choice(*TOKENIZERS, default="flexvar")
-    """flexvar: codes of the latent resized to each side; residual: VAR's, each side codes what the coarser ones left"""
+    """flexvar: codes of the latent resized to each side; residual: VAR's, each side codes what the coarser ones left;
+    none: a KL autoencoder, whose latents are continuous"""
     base_width: int = 128  # width of the finest level
     width_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     """width of each level, in base widths; every level but one halves the resolution"""
@@ -56,6 +57,9 @@ class TokenizerLossConfig(Flags):
     l1: float = 0.0  # weight of the mean absolute error
     l2: float = 1.0  # weight of the mean squared error
     commitment: float = 0.25  # weight of the commitment loss
+    kl: float = 1e-6  # quantiser none: weight of the KL divergence of the latents' posterior, a sum over their numbers
+    equivariant: bool = False
+    """quantiser none: half of the steps resize and turn latents, which must decode to images treated alike (EQ-VAE)"""
     entropy: float = 0.0  # weight of the entropy term: sure of each code, and all codes alike
     perceptual: Literal["none", "lpips", "efficientnet_lite0"] = "none"
     """perceptual distance: lpips (VGG-16, fetched or given), or in efficientnet_lite0's features: no download"""
@@ -71,7 +75,7 @@ class TokenizerLossConfig(Flags):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, l1=0, l2=0, commitment=0, entropy=0, perceptual_weight=0, disc_weight=0, disc_start=0)
+        at_least(self, l1=0, l2=0, commitment=0, kl=0, entropy=0, perceptual_weight=0, disc_weight=0, disc_start=0)
         at_least(self, disc_width=16, disc_layers=1, usage_every=1)
         if self.disc_width % 16:
             raise ValueError(f"--disc_width must be a multiple of 16, got {self.disc_width}")

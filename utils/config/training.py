@@ -91,7 +91,7 @@ def check_generator(name: str, group: Flags) -> None:
     """Raises ValueError for a flag of a group whose value the generator does not go with."""
     for flag, values in GENERATORS[name].goes_with.items():
         if getattr(group, flag, values[0]) not in values:
-            raise ValueError(f"--model {name} goes with --{flag} {' or '.join(values)} only")
+            raise ValueError(f"--model {name} goes with --{flag} {' or '.join(map(str, values))} only")
 
 
 @dataclass(frozen=True)
@@ -142,21 +142,25 @@ class SARConfig(Flags):
     """stagger-scale rollout: second pass over all scales (paper), or the last transition (released)"""
     ssr_steps: int = 1  # with --ssr all: passes on rollouts of rollouts
     rollout: Literal["argmax", "sample", "cfg"] = "cfg"  # how tokens are drawn from the teacher's logits
-    csf_target: Literal["teacher", "ground_truth", "teacher_soft", "requantised"] = "teacher"
+    csf_target: Literal["teacher", "ground_truth", "teacher_soft", "requantised", "velocity"] = "teacher"
     """teacher: the tokens it drew (Eq. 10); ground_truth: the ablation; teacher_soft: KL to its distribution (ours);
-    requantised (ours, var): the code that brings the second pass's canvas to where the teacher's draw would have led"""
+    velocity (ours, flowar): its velocities, by L2; requantised (ours, var): the code that brings the second pass's
+    canvas to where the teacher's draw would have led"""
     rollout_canvas: Literal["accumulated", "one_step"] = "accumulated"
     """second pass of var: the sum of the rollout's residuals, or the true ones but for the rollout's last"""
     sf_top_k: int = TOP_K  # rollout: top-k; 0: off
     sf_top_p: float = TOP_P  # rollout: top-p; 0: off
-    sf_cfg_scale: float = 2.5  # rollout: scale of the half-ramp guidance
+    sf_cfg_scale: float = 2.5  # rollout: scale of the guidance
+    rollout_steps: int = 25  # flowar: steps of Euler's method in a rollout; with --rollout argmax it is one
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, csf_weight=0, ssr_steps=1, sf_top_k=0, sf_top_p=0, sf_cfg_scale=0, sf_hybrid_from=1)
+        at_least(
+            self, csf_weight=0, ssr_steps=1, sf_top_k=0, sf_top_p=0, sf_cfg_scale=0, sf_hybrid_from=1, rollout_steps=2
+        )
         at_most(self, sf_top_p=1)
         mode = self.training_mode
-        rollout = ["rollout", "sf_top_k", "sf_top_p", "sf_cfg_scale"]
+        rollout = ["rollout", "sf_top_k", "sf_top_p", "sf_cfg_scale", "rollout_steps"]
         second_pass = ["ssr", "ssr_steps", "csf_target", "rollout_canvas"]
         only_with(
             self,
@@ -168,7 +172,7 @@ class SARConfig(Flags):
         only_with(self, mode == "sf_hybrid", "--training_mode sf_hybrid", ["sf_hybrid_from"])
         weighted = mode != "csfl" or self.csf_weight > 0
         only_with(self, weighted, "--csf_weight above 0", [*rollout, *second_pass])
-        only_with(self, self.rollout != "argmax", "--rollout sample or cfg", ["sf_top_k", "sf_top_p"])
+        only_with(self, self.rollout != "argmax", "--rollout sample or cfg", ["sf_top_k", "sf_top_p", "rollout_steps"])
         only_with(self, self.sf_top_k != 1, "another --sf_top_k than 1, the greedy one", ["sf_top_p"])
         only_with(self, self.rollout == "cfg", "--rollout cfg", ["sf_cfg_scale"])
         only_with(self, self.ssr == "all", "--ssr all", ["ssr_steps"])
@@ -320,7 +324,7 @@ class TrainConfig(Flags):
         cached = bool(self.speed.code_cache)
         only_with(self.data, not cached, "images: --code_cache is in place of them", DATA_OF_IMAGES)
         only_with(self.run, self.watch.vis_num_samples > 0, "--vis_num_samples above 0", ["vis_cfg_scale"])
-        for group in (self.sar, self.speed):
+        for group in (self.sar, self.speed, self.optim):
             check_generator(self.model.model, group)
         if self.speed.parallel == "fsdp" and self.optim.precision == "fp16":
             raise ValueError("--parallel fsdp does not go with --precision fp16: use bf16 or fp32")

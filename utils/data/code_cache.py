@@ -27,7 +27,7 @@ from models.scales import ScaleSchedule
 from models.tokenizer import Tokenizer
 from models.weights import digest_of, load_tokenizer
 from utils.config.training import DataConfig, check_timeout
-from utils.data.datasets import CodeBatch, ImageDataset, Key, batches_of, encode_batch, loader_workers, open_splits
+from utils.data.datasets import CodeBatch, ImageDataset, Key, batches_of, loader_workers, open_splits
 from utils.runtime.distributed import Ranks, ranks
 from utils.runtime.entry import check_output_directory, entry
 from utils.runtime.files import (
@@ -96,7 +96,7 @@ class CodeCache(Dataset):
         part = manifest["splits"][split]
         self.directory = directory / split
         self.classes: list[str] = manifest["classes"]
-        self.sides = ScaleSchedule(tuple(manifest["sides"]))
+        self.sides, self.supervision = ScaleSchedule(tuple(manifest["sides"])), manifest["supervision"]
         names = ("dataset", "augment", "crops")  # caches of old do not say how they were augmented: it was by crops
         self.record = {name: {"augment": "crop", **manifest, **part}[name] for name in names}
         self.record |= {"crop_seed": manifest["seed"], "images_sha256": manifest["images_sha256"]["train"]}
@@ -119,8 +119,9 @@ class CodeCache(Dataset):
         return codes[0], labels[0]
 
     def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
-        """A batch at once: codes (B, sum of s²) uint16 and labels (B,) int64."""
-        codes = np.empty((len(keys), self.sides.total), dtype=np.uint16)
+        """A batch at once: rows (B, n) as they are stored, and labels (B,) int64."""
+        first = self.shard(0)
+        codes = np.empty((len(keys), first.shape[1]), dtype=first.dtype)
         for place, (epoch, index) in enumerate(keys):
             number, row = divmod(index * self.crops + epoch % self.crops, self.shard_rows)
             codes[place] = self.shard(number)[row]
@@ -140,10 +141,9 @@ class CodeCache(Dataset):
     def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return batch
 
-    def code_batch(self, codes: Tensor, labels: Tensor, schedule: ScaleSchedule) -> CodeBatch:
-        """Codes (B, sum of s²) and class ids → the sides of a schedule."""
-        parts = {s: codes[:, self.sides.span(self.sides.sides.index(s))].long() for s in schedule.sides}
-        return CodeBatch(labels, parts)
+    def code_batch(self, vae: Tokenizer, codes: Tensor, labels: Tensor, schedule: ScaleSchedule) -> CodeBatch:
+        """Rows of the cache and class ids → the tokens of a schedule's sides."""
+        return CodeBatch(labels, vae.from_cache(codes, self.sides, schedule, self.supervision))
 
 
 def read_manifest(directory: Path) -> dict:
@@ -210,9 +210,8 @@ def encode_images(
     rows, classes = [], []
     with batches_of(loader) as batches:
         for images, labels in batches:  # (n, crops, 3, size, size), (n,)
-            images = images.flatten(0, 1).to(vae.codebook.device)
-            batch = encode_batch(vae, images, labels, sides, flags.cache.supervision)
-            rows.append(batch.tokens(sides).cpu().numpy().astype(np.uint16))
+            images = images.flatten(0, 1).to(vae.device)
+            rows.append(vae.to_cache(images, sides, flags.cache.supervision).numpy())
             classes.append(labels.numpy())
             progress.update(len(images))
     return np.concatenate(rows), np.concatenate(classes)

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from models.class_names import class_names
-from models.head import Prediction, Sampler, chunks
+from models.head import Prediction, chunks
 from models.pipeline import SARPipeline, open_pipeline
 from models.run_record import find_run
-from models.sampling import SamplingConfig, evaluating, generate_scales, image_uniforms
+from models.sampling import SamplingConfig, evaluating, generate_scales
 from models.scales import ScaleSchedule
 from utils.config.training import DataConfig
 from utils.data.datasets import ImageDataset, encode_batch, open_dataset, plain_batches, plain_images
+from utils.runtime.numerics import derive_seed
 
 BATCH = 8  # images at a time: of the largest models, a few GB
 
@@ -55,6 +57,7 @@ class ValidationSet:
             raise ValueError(f"{data.data_path} has no val/ to take held-out images from")
         check_classes(ckpt, pipeline, views.classes)
         labels, tokens = [], []
+        torch.manual_seed(derive_seed("validation", 0))  # of continuous latents, which are drawn
         for images, some in plain_batches(views, n, BATCH):
             batch = encode_batch(vae, images.to(pipeline.device), some, schedule, supervision or pipeline.supervision)
             labels.append(some)
@@ -76,12 +79,11 @@ class ValidationSet:
             yield tuple(part.to(self.pipeline.device) for part in parts)
 
     @torch.no_grad()
-    def predict(
-        self, fed: Tensor, sampler: Sampler | None = None, scales: int = 0, first: int = 0
-    ) -> Iterator[Prediction]:
+    def predict(self, fed: Tensor, sample: bool = False, scales: int = 0, first: int = 0) -> Iterator[Prediction]:
         """Predictions of the true tokens, a batch at a time, when tokens `fed` (N, L) make the inputs.
 
-        Of the scales from number `first` on; `scales`: pass the first so many through the model only, 0: all.
+        With `sample` they hold the likeliest tokens. Of the scales from number `first` on; `scales`: pass the first so
+        many through the model only, 0: all.
         """
         model, pathway = self.pipeline.model, self.pipeline.vae.pathway
         part = ScaleSchedule(self.schedule.sides[: scales or None])
@@ -89,16 +91,17 @@ class ValidationSet:
         with evaluating(model):
             for labels, tokens, truth in self.batches(fed, self.tokens[:, span]):
                 inputs = model.inputs(tokens, pathway, self.schedule)
+                shape, greedy = (len(labels), part.total - part.offsets[first]), SimpleNamespace(rollout="argmax")
+                sampler = model.head.sampler(greedy, 0, shape[1], shape, labels.device) if sample else None
                 yield model(labels, inputs, part, truth, first, sampler)
 
     def nll(self, fed: Tensor, scales: int = 0, first: int = 0) -> Tensor:
         """NLL of the true tokens (N, n): see `predict`."""
-        return torch.cat([found.losses.cpu() for found in self.predict(fed, None, scales, first)])
+        return torch.cat([found.losses.cpu() for found in self.predict(fed, False, scales, first)])
 
     def predictions(self, fed: Tensor) -> Tensor:
         """The likeliest tokens (N, L) when tokens `fed` (N, L) make the inputs."""
-        greedy = Sampler(0, self.schedule.total)
-        return torch.cat([found.sampled.cpu() for found in self.predict(fed, greedy)])
+        return torch.cat([found.sampled.cpu() for found in self.predict(fed, sample=True)])
 
     @torch.no_grad()
     def entropy(self) -> list[float]:
@@ -118,10 +121,9 @@ class ValidationSet:
         With `on_truth` each scale is drawn after true coarser ones, and is not fed on.
         """
         model, pathway, found, done = self.pipeline.model, self.pipeline.vae.pathway, [], 0
-        needed = model.uniforms_needed(self.schedule)
         for labels, truth in self.batches(self.tokens):
             seeds = range(seed + done, seed + done + len(labels))
-            uniforms = image_uniforms(seeds, needed, labels.device)
+            noise = model.draw_noise(seeds, self.schedule, labels.device)
             own: dict[int, Tensor] = {}
             known = self.schedule.by_side(truth)
 
@@ -131,7 +133,7 @@ class ValidationSet:
 
             with evaluating(model):
                 config = SamplingConfig(top_k=top_k)
-                for _ in generate_scales(model, pathway, labels, self.schedule, config, uniforms, edit):
+                for _ in generate_scales(model, pathway, labels, self.schedule, config, noise, edit):
                     pass
             found.append(torch.cat(list(own.values()), dim=1).cpu())
             done += len(labels)
@@ -176,7 +178,12 @@ class Exposure:
 
     @classmethod
     def of(cls, data: ValidationSet, seed: int) -> Exposure:
-        """Draws are without guidance, top-k and top-p; image i's from seed + i."""
+        """Draws are without guidance, top-k and top-p; image i's from seed + i.
+
+        Raises ValueError for a model of continuous tokens, which have no likelihood.
+        """
+        if not data.pipeline.model.config.codebook_size:
+            raise ValueError("exposure bias is measured by the likelihood of codes: this model's tokens are continuous")
         schedule, truth = data.schedule, data.tokens
         forced = per_side(data.nll(truth), schedule)
         own = per_side(data.nll(data.drawn(seed)), schedule)

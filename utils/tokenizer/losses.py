@@ -50,19 +50,21 @@ class MultiScaleLoss(nn.Module):
         vae, config = self.vae, self.config
         found = vae.quantise(images, sides)
         made = found.images
-        real = [resize_to(images, image.shape[-1]) for image in made]
+        real = found.real or [resize_to(images, image.shape[-1]) for image in made]
         reconstruction, parts = self.reconstruction(made, real)
-        parts |= {"codebook": found.codebook, "commitment": found.commitment}
+        discrete = bool(found.codes)
+        parts |= {"codebook": found.codebook, "commitment": found.commitment} if discrete else {"kl": found.commitment}
         if config.entropy:
-            parts["entropy"] = torch.stack([entropy_term(z, vae.codebook) for z in found.vectors]).mean()
+            rows: Tensor = vae.codebook  # type: ignore[assignment]
+            parts["entropy"] = torch.stack([entropy_term(z, rows) for z in found.vectors]).mean()
         if judge is not None:
             reconstruction, added = self.against(judge, reconstruction, made)
             parts |= added
-        loss = reconstruction + parts["codebook"] + config.commitment * parts["commitment"]
+        loss = reconstruction + found.codebook + (config.commitment if discrete else config.kl) * found.commitment
         if config.entropy:
             loss = loss + config.entropy * parts["entropy"]
         parts = {name: value.detach() for name, value in parts.items()}
-        vectors = torch.cat(found.vectors).detach()
+        vectors = torch.cat(found.vectors or [images.new_empty(0)]).detach()
         return Reconstructions(loss, parts, found.codes, vectors, real, [image.detach() for image in made])
 
     def reconstruction(self, made: list[Tensor], real: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

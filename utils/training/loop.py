@@ -254,8 +254,9 @@ class Loop(TrainingState, ABC):
         keys = [[(0, i) for i in mine[a : a + self.micro_batch]] for a in range(0, len(mine), self.micro_batch)]
         sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.ranks.device))
         with evaluating(self.model):
-            for batch in make_loader(self.val_set, keys, 0, self.ranks.device):
+            for names, batch in zip(keys, make_loader(self.val_set, keys, 0, self.ranks.device), strict=True):
                 images, labels = (x.to(self.ranks.device) for x in batch)
+                torch.manual_seed(derive_seed("validation", self.config.run.seed, names[0][1]))
                 for name, value in self.validation_losses(images, labels).items():
                     sums[name] = sums[name] + value * len(labels)
         totals = self.ranks.sum(torch.cat([sums[name].flatten() for name in sorted(sums)])) / n

@@ -62,9 +62,9 @@ def weight_decay(step: int, total: int, config: OptimConfig) -> float:
 
 def set_rates(optimizer: torch.optim.Optimizer, step: int, total: int, config: OptimConfig) -> None:
     """Give the optimiser the learning rate and weight decay of a step."""
-    decay, plain = optimizer.param_groups
-    decay["lr"] = plain["lr"] = learning_rate(step, total, config)
-    decay["weight_decay"] = weight_decay(step, total, config)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, total, config)
+    optimizer.param_groups[0]["weight_decay"] = weight_decay(step, total, config)  # the matrices: see `make_optimizer`
 
 
 class MovingAverage:

@@ -52,7 +52,7 @@ class Reconstructed:
     def keep(self, indices: range, images: Tensor) -> None:
         """Write the quality (S, 3, n) and the codes (n, sum of s²) of a batch, while the device is at the next ones."""
         codes, made = self.waiting.pop(indices.start)
-        device = self.vae.codebook.device
+        device = self.vae.device
         originals = self.source.batch(indices).to(device)
         quality = torch.stack([self.quality(images.to(device), originals) for images in made])
         save_array(self.directory / f"quality_{indices.start:06d}.npy", quality.cpu().numpy())
@@ -61,7 +61,7 @@ class Reconstructed:
     @torch.no_grad()
     def at_every_side(self, originals: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Images (n, 3, H, W) uint8 → codes (n, s²) and reconstructions uint8 of each side."""
-        codes = self.vae.tokenize(originals.to(self.vae.codebook.device).float() / 127.5 - 1, self.sides)
+        codes = self.vae.tokenize(originals.to(self.vae.device).float() / 127.5 - 1, self.sides)
         with exact_convolutions():
             made = [to_bytes(self.vae.decode_at(codes, s, self.schedule)) for s in self.sides]
         return [c.cpu() for c in codes.values()], made

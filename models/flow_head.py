@@ -1,0 +1,383 @@
+"""The flow-matching head: a transformer over the tokens of one scale that predicts the velocity from data to noise.
+
+Legend: B batch, L tokens of some scales, K those scales, D width of a token, C width of a condition, w the head's.
+
+On the path x_t = (1 - t)·x + t·ε, t = 1 is noise ε and t = 0 is data x; the velocity is ε - x. Time and the state of
+the ODE stay in full precision, whatever the caller works in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import attend
+from models.scales import ScaleSchedule
+
+UNIFORM = 50  # number of steps whose grid is uniform
+INTERVAL = 0.9  # guidance acts at times up to this one
+
+
+def euler_times(steps: int) -> list[float]:
+    """Times of Euler's method, from 1 to 0, as published: uniform for 50 steps, else half of them from 1 to 0.3, and
+    half from 0.25 to 0. Of an odd number one step less is taken."""
+    if steps < 2:
+        raise ValueError(f"Euler's method needs 2 steps at least, got {steps}")
+    if steps == UNIFORM:
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    half = steps // 2
+    parts = torch.linspace(1, 0.3, half, dtype=torch.float64), torch.linspace(0.25, 0, half + 1, dtype=torch.float64)
+    return torch.cat(parts).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------- parts
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """x over the root of its mean square (…, C), computed in fp32."""
+    with torch.autocast(x.device.type, enabled=False):
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+        return normed if weight is None else normed * weight
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a learned weight."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight)
+
+
+class GatedFFN(nn.Module):
+    """C → ⌊8C/3⌋ → C, gated with exact GELU."""
+
+    def __init__(self, width: int, dropout: float = 0.0):
+        super().__init__()
+        hidden = int(width * 8 / 3)
+        self.fc1_g, self.fc1_x = nn.Linear(width, hidden), nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(F.gelu(self.fc1_g(x)) * self.fc1_x(x), self.dropout, self.training)
+        return F.dropout(self.fc2(x), self.dropout, self.training)
+
+
+Turn = tuple[Tensor, Tensor]  # cosines and sines of rotary positions
+
+
+def rotations(sides: Sequence[int], full: int, size: int, device: torch.device) -> Turn:
+    """Cosines and sines (L, size/2) of the rotary positions of all tokens of these sides, row-major.
+
+    A token of a side-n scale stands at (full·row/n, full·column/n). The first half of the pairs turns with the row, the
+    rest with the column.
+    """
+    frequencies = 10000 ** (-torch.arange(0, size // 2, 2, device=device).float() / (size // 2))  # (size/4,)
+    parts = []
+    for n in sides:
+        place = torch.arange(n, device=device).float() * (full / n)
+        angles = place[:, None] * frequencies  # (n, size/4)
+        rows, columns = angles[:, None].expand(n, n, -1), angles[None].expand(n, n, -1)
+        parts.append(torch.cat([rows, columns], dim=-1).flatten(0, 1))
+    found = torch.cat(parts)
+    return found.cos(), found.sin()
+
+
+def rotate(x: Tensor, turn: Turn) -> Tensor:
+    """x (B, H, L, d) with each pair of neighbouring channels turned."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, L, d/2)
+    cos, sin = turn
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, H, L, d), q scaled → (B, H, L, d)
+
+
+class RotarySelfAttention(nn.Module):
+    """Multi-head self-attention with rotary positions."""
+
+    def __init__(self, width: int, heads: int, bias: bool, dropout: float = 0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=bias), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, turn: Turn, attention: Attention) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
+        out = attention(scaled(rotate(q, turn)), rotate(k, turn), v)
+        return F.dropout(self.proj(out.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+
+class RotaryCrossAttention(nn.Module):
+    """Multi-head attention of the tokens to conditions of the same places, with rotary positions."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, z: Tensor, turn: Turn, attention: Attention) -> Tensor:
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(z).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out = attention(scaled(rotate(q, turn)), rotate(k, turn), v)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def scaled(q: Tensor) -> Tensor:
+    """Queries over the root of the head's size: `attend` scales nothing."""
+    return q / math.sqrt(q.shape[-1])
+
+
+class WithinScales:
+    """Full attention within each of several scales."""
+
+    def __init__(self, lengths: Sequence[int]):
+        self.lengths = list(lengths)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v)), strict=True)
+        return torch.cat([attend(*part) for part in parts], dim=2)
+
+
+class PlainBlock(nn.Module):
+    """Self-attention and FFN, both modulated token by token."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.attn, self.mlp = RotarySelfAttention(width, width // 64, bias=False), GatedFFN(width)
+        self.ada_lin = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, z: Tensor, c: Tensor, tau: Tensor, turn: Turn, attention: Attention) -> Tensor:
+        """x (B, L, w) tokens, z (B, L, C) conditions, c (B, L, w) their embedding, tau (B, L, w) of tokens' times."""
+        modulation = self.ada_lin(F.silu(c + tau)).chunk(6, dim=-1)
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation
+        x = x + gate1 * self.attn(rms_norm(x) * (1 + scale1) + shift1, turn, attention)
+        return x + gate2 * self.mlp(rms_norm(x) * (1 + scale2) + shift2)
+
+
+class CrossBlock(nn.Module):
+    """Self-attention modulated by the time, cross-attention to the conditions, an FFN modulated token by token."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.attn, self.mlp = RotarySelfAttention(width, width // 64, bias=False), GatedFFN(width)
+        self.crossattn = RotaryCrossAttention(width, width // 64)
+        self.norm2_1, self.norm2_2 = RMSNorm(width), RMSNorm(width)
+        self.ada_lin_attn, self.ada_lin_mlp = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor, z: Tensor, c: Tensor, tau: Tensor, turn: Turn, attention: Attention) -> Tensor:
+        """See `PlainBlock`; C must be w."""
+        gate, scale, shift = self.ada_lin_attn(F.silu(tau)).chunk(3, dim=-1)
+        x = x + gate * self.attn(rms_norm(x) * (1 + scale) + shift, turn, attention)
+        x = x + self.crossattn(self.norm2_1(x), self.norm2_2(z), turn, attention)
+        gate, scale, shift = self.ada_lin_mlp(F.silu(c + tau)).chunk(3, dim=-1)
+        return x + gate * self.mlp(rms_norm(x) * (1 + scale) + shift)
+
+
+class TimeEmbedding(nn.Module):
+    """Times (B, K) → (B, K, w), by sinusoids of the whole number ⌊1000·t⌋."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        # The product is in fp32: in float64 a few exact cases, 0.65 for one, fall a whole number lower.
+        whole = (t.float() * 1000).long().float()
+        omega = torch.exp(-math.log(10000) * torch.arange(128, device=t.device).float() / 128)
+        angles = whole.unsqueeze(-1) * omega  # (B, K, 128)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+
+
+class FinalLayer(nn.Module):
+    """Modulated normalisation, and the projection to velocities."""
+
+    def __init__(self, width: int, dim: int):
+        super().__init__()
+        self.linear = nn.Linear(width, dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return self.linear(rms_norm(x) * (1 + scale) + shift)
+
+
+# ----------------------------------------------------------------------------------------------- the head
+
+
+@dataclass(frozen=True)
+class FlowSampler:
+    """Settings to sample the tokens start…end of a parallel pass from its conditions, all scales at once (Eq. 5)."""
+
+    start: int
+    end: int
+    noise: Tensor  # (B, L, D)
+    steps: int = 25  # of Euler's method; 1: a single one, from noise to an estimate of the mean
+    interval: float = 1.0  # guidance acts at times up to this one
+    unconditional: Tensor | None = None  # (B, end, C) conditions of the unconditional class, to guide by
+    weights: Tensor | None = None  # (end, 1) guidance weight of each token
+
+    def guided(self, unconditional: Tensor, weights: Tensor) -> FlowSampler:
+        """A copy with guidance by the unconditional class."""
+        return replace(self, unconditional=unconditional, weights=weights)
+
+
+class FlowTarget(NamedTuple):
+    """What a pass is asked for where that is more than data: a point on the path, and the velocity there."""
+
+    tokens: Tensor  # (B, L, D)
+    time: Tensor  # (B, K)
+    noise: Tensor  # (B, L, D)
+    velocity: Tensor | None = None  # (B, L, D); None: that of the path
+
+
+class FlowPrediction(NamedTuple):
+    """Result of a parallel pass at the tokens (B, L) that it was asked for. Only `loss` carries a gradient."""
+
+    loss: Tensor  # Σ over scales of (s²/S²)·mean squared error
+    losses: Tensor  # (B, L) mean squared errors of the velocity
+    time: Tensor  # (B, K)
+    noise: Tensor  # (B, L, D)
+    velocity: Tensor  # (B, L, D)
+    sampled: Tensor | None = None  # (B, L, D); zeros where nothing was sampled
+
+    def shares(self) -> dict[str, Tensor]:
+        """Nothing: continuous samples agree with nothing exactly."""
+        return {}
+
+    def metrics(self, schedule: ScaleSchedule, first: int = 0) -> dict[str, Tensor]:
+        """Mean squared error of each scale from number `first` on."""
+        parts = self.losses.split(schedule.lengths[first:], dim=1)
+        return {f"loss_side/{s}": part.mean() for s, part in zip(schedule.sides[first:], parts, strict=True)}
+
+    def targets(self, kind: str, truth: Tensor, schedule: ScaleSchedule, first: int) -> Tensor | FlowTarget:
+        """What a second pass is asked for at the scales from number `first` on, by --csf_target.
+
+        teacher: this pass's samples, as data; velocity: its velocities, at the points where they were predicted;
+        ground_truth: the true velocities, at the same points.
+        """
+        start = schedule.offsets[first]
+        if kind == "teacher":
+            return self.sampled[:, start:]
+        velocity = self.velocity[:, start:] if kind == "velocity" else None
+        return FlowTarget(truth[:, start:], self.time[:, first:], self.noise[:, start:], velocity)
+
+
+class FlowHead(nn.Module):
+    """Tokens on the path, times and conditions → velocities."""
+
+    def __init__(self, dim: int, condition: int, width: int, depth: int, cross: bool):
+        super().__init__()
+        self.dim, self.width = dim, width
+        self.time_embed = TimeEmbedding(width)
+        self.cond_embed, self.input_proj = nn.Linear(condition, width), nn.Linear(dim, width)
+        self.res_blocks = nn.ModuleList(CrossBlock(width) if cross else PlainBlock(width) for _ in range(depth))
+        self.final_layer = FinalLayer(width, dim)
+
+    def forward(self, x: Tensor, t: Tensor, z: Tensor, sides: Sequence[int], full: int) -> Tensor:
+        """x (B, L, D) on the path, t (B, K), z (B, L, C), of K scales of these sides → velocities (B, L, D) in fp32.
+
+        `full`: the finest side of the model.
+        """
+        lengths = [s * s for s in sides]
+        tau = self.time_embed(t).repeat_interleave(torch.tensor(lengths, device=t.device), dim=1)  # (B, L, w)
+        c, x = self.cond_embed(z), self.input_proj(x.to(self.input_proj.weight.dtype))
+        turn, attention = rotations(sides, full, 64, x.device), WithinScales(lengths)
+        for block in self.res_blocks:
+            x = block(x, z, c, tau, turn, attention)
+        return self.final_layer(x, c + tau).float()
+
+    def sampler(self, wanted: Any, start: int, end: int, shape: tuple[int, int], device: torch.device) -> FlowSampler:
+        """Settings by which the tokens start…end of a pass (B, L) = `shape` are sampled, without guidance.
+
+        `wanted`: flags, `rollout` ("argmax" is one step, to an estimate of the mean), `rollout_steps`.
+        """
+        noise = torch.randn(*shape, self.dim, device=device)
+        steps = 1 if wanted.rollout == "argmax" else wanted.rollout_steps
+        return FlowSampler(start, end, noise, steps, INTERVAL)
+
+    def predict(
+        self,
+        z: Tensor,
+        targets: Tensor | FlowTarget,
+        schedule: ScaleSchedule,
+        first: int = 0,
+        sampler: FlowSampler | None = None,
+    ) -> FlowPrediction:
+        """Flow loss at the scales from number `first` on, z (B, L, C) being their conditions.
+
+        Times and noise are drawn, one time an image and scale, unless the targets name them.
+        """
+        sides, full = schedule.sides[first:], schedule.sides[-1]
+        if not isinstance(targets, FlowTarget):
+            time = torch.rand(len(z), len(sides), device=z.device)
+            targets = FlowTarget(targets, time, torch.randn_like(targets))
+        tokens, time, noise, velocity = targets
+        t = time.repeat_interleave(torch.tensor(schedule.lengths[first:], device=z.device), dim=1).unsqueeze(-1)
+        found = self((1 - t) * tokens + t * noise, time, z, sides, full)
+        losses = (found - (noise - tokens if velocity is None else velocity)).square().mean(-1)  # (B, L)
+        sampled = None
+        if sampler is not None:
+            with torch.no_grad():
+                sampled = self.sample(z, sampler, schedule, first)
+        return FlowPrediction(losses.mean(0).sum() / full**2, losses.detach(), time, noise, found.detach(), sampled)
+
+    def sample(self, z: Tensor, sampler: FlowSampler, schedule: ScaleSchedule, first: int) -> Tensor:
+        """Samples (B, L, D) of the tokens that a sampler names, from their conditions z (B, L, C); zeros elsewhere."""
+        span = slice(sampler.start, sampler.end)
+        ends = [end - schedule.offsets[first] for end in schedule.offsets[first:]]
+        sides = schedule.sides[first + ends.index(sampler.start) : first + ends.index(sampler.end)]
+        unconditional = None if sampler.unconditional is None else sampler.unconditional[:, span]
+        weights = None if sampler.weights is None else sampler.weights[span]
+        times = [1.0, 0.0] if sampler.steps == 1 else euler_times(sampler.steps)
+        found = torch.zeros_like(sampler.noise)
+        found[:, span] = self.integrate(
+            sampler.noise[:, span],
+            times,
+            z[:, span],
+            unconditional,
+            weights,
+            sampler.interval,
+            sides,
+            schedule.sides[-1],
+        )
+        return found
+
+    def integrate(
+        self,
+        noise: Tensor,
+        times: Sequence[float],
+        z: Tensor,
+        unconditional: Tensor | None,
+        weights: Tensor | float | None,
+        interval: float,
+        sides: Sequence[int],
+        full: int,
+    ) -> Tensor:
+        """Euler's method from noise (B, n, D) at times[0] to times[-1], in float64.
+
+        Where weights are given, v = v_c + w·(v_c - v_u) at times up to `interval`; the unconditional half is not
+        computed elsewhere.
+        """
+        x = noise.double()
+        for t, after in pairwise(times):
+            guided = unconditional is not None and t <= interval
+            time = torch.full((len(x), len(sides)), t, dtype=torch.float32, device=x.device)
+            if guided:
+                halves = torch.cat([x, x]).float(), torch.cat([time, time]), torch.cat([z, unconditional])
+                v, v_u = self(*halves, sides, full).chunk(2)
+                v = v + weights * (v - v_u)
+            else:
+                v = self(x.float(), time, z, sides, full)
+            x = x + (after - t) * v.double()
+        return x.float()

@@ -1,0 +1,314 @@
+"""KL autoencoders: latent-diffusion's, MAR's and diffusers' files, and the pathway of their continuous latents.
+
+Legend: B batch, z latent channels, D width of a token (z·patch²), h × w latent sides, s side of a scale, S the finest.
+
+A token is a patch × patch square of the latent; a scale of side s is the latent at side patch·s.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.autoencoder import Decoder, Encoder, levels_with_attention, network_sizes
+from models.scales import ScaleSchedule
+from models.tokenizer import KnownCodes, Quantised, Tokenizer, exact_convolutions
+from models.vqvae import AttnBlock, VQVAEConfig
+
+# What 1/std of the latents of published files is, by (channels, levels, attention in the decoder's levels).
+SCALINGS = {(16, 5, False): 0.2325, (4, 4, False): 0.18215}
+
+
+@dataclass(frozen=True)
+class KLConfig(VQVAEConfig):
+    """Sizes; the defaults are MAR's kl16.ckpt (66.5 M parameters, 16× down-sampling)."""
+
+    z_channels: int = 16
+    codebook_size: int = 0  # its tokens are no codes
+    codebook_dim: int = 0  # width of a token: z_channels · patch²
+    encoder_attention: tuple[int, ...] = (4,)  # numbers of the levels with attention, beside the middle
+    decoder_attention: tuple[int, ...] = ()
+    patch: int = 0  # side of a token in latents; 0: two for 8× down-sampling, else one
+    scaling: float = 0.0  # latents are multiplied by this; 0: what is published for such a file
+
+    pathway = "latent"
+    tied_to_schedule = True  # as a cache is
+    released = "pretrained/kl16.ckpt"
+    unread = ("codebook_size", "codebook_dim", "sides_per_step", "entropy", "commitment", "usage_every", "revive")
+
+    def __post_init__(self):
+        super().__post_init__()
+        levels = len(self.width_mult)
+        object.__setattr__(self, "patch", self.patch or (2 if levels == 4 else 1))
+        object.__setattr__(self, "codebook_dim", self.z_channels * self.patch**2)
+        known = SCALINGS.get((self.z_channels, levels, bool(self.decoder_attention)), 0.0)
+        object.__setattr__(self, "scaling", self.scaling or known)
+        for name in ("encoder_attention", "decoder_attention"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def factor(self) -> int:
+        """Pixels of an image side for each token."""
+        return self.down_sampling * self.patch
+
+    @property
+    def down_sampling(self) -> int:
+        """Pixels of an image side for each latent."""
+        return 2 ** (len(self.width_mult) - 1)
+
+    def build(self) -> KLAutoencoder:
+        return KLAutoencoder(self)
+
+    @classmethod
+    def from_flags(cls, flags: Any) -> KLConfig:
+        names = ("base_width", "width_mult", "res_blocks", "z_channels")
+        return cls(**{name: getattr(flags, name) for name in names}, encoder_attention=(len(flags.width_mult) - 1,))
+
+    @classmethod
+    def recognises(cls, weights: Mapping[str, Tensor]) -> bool:
+        mine = {"encoder.down.0.block.0.conv1.weight", "encoder.down_blocks.0.resnets.0.conv1.weight"} & weights.keys()
+        return bool(mine) and "quantize.embedding.weight" not in weights
+
+    @classmethod
+    def adapted(cls, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Under latent-diffusion's names, from diffusers' or its own, without its losses' networks."""
+        found = {name: tensor for name, tensor in weights.items() if not name.startswith("loss.")}
+        return from_diffusers(found) if "encoder.down_blocks.0.resnets.0.conv1.weight" in found else found
+
+    @classmethod
+    def sizes_of(cls, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        attention = {
+            "encoder_attention": levels_with_attention(weights, "encoder.down"),
+            "decoder_attention": levels_with_attention(weights, "decoder.up"),
+        }
+        return {**network_sizes(weights), "z_channels": weights["post_quant_conv.weight"].shape[0], **attention}
+
+
+def from_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict under diffusers' names → under latent-diffusion's, whose up-levels count from fine to coarse."""
+    levels = 1 + max(int(m[1]) for name in weights if (m := re.match(r"decoder\.up_blocks\.(\d+)\.", name)))
+    rules: list[tuple[str, str | Callable[[re.Match], str]]] = [
+        (r"down_blocks\.(\d+)\.resnets\.", r"down.\1.block."),
+        (r"down_blocks\.(\d+)\.downsamplers\.0\.", r"down.\1.downsample."),
+        (r"up_blocks\.(\d+)\.resnets\.", lambda m: f"up.{levels - 1 - int(m[1])}.block."),
+        (r"up_blocks\.(\d+)\.upsamplers\.0\.", lambda m: f"up.{levels - 1 - int(m[1])}.upsample."),
+        (r"mid_block\.resnets\.(\d)\.", lambda m: f"mid.block_{int(m[1]) + 1}."),
+        (r"mid_block\.attentions\.0\.", "mid.attn_1."),
+        (r"attn_1\.group_norm\.", "attn_1.norm."),
+        (r"attn_1\.(?:to_q|query)\.", "attn_1.q."),
+        (r"attn_1\.(?:to_k|key)\.", "attn_1.k."),
+        (r"attn_1\.(?:to_v|value)\.", "attn_1.v."),
+        (r"attn_1\.(?:to_out\.0|proj_attn)\.", "attn_1.proj_out."),
+        (r"conv_norm_out\.", "norm_out."),
+        (r"conv_shortcut\.", "nin_shortcut."),
+    ]
+    found = {}
+    for name, tensor in weights.items():
+        for pattern, new in rules:
+            name = re.sub(pattern, new, name)
+        is_linear = "attn_1" in name and name.endswith("weight") and tensor.ndim == 2
+        found[name] = tensor[:, :, None, None] if is_linear else tensor
+    return found
+
+
+class KLAutoencoder(Tokenizer):
+    """Images in [-1, 1] ↔ latents of every side, drawn from their posterior."""
+
+    config: KLConfig
+
+    def __init__(self, config: KLConfig | None = None):
+        super().__init__()
+        self.config = config = config or KLConfig()
+        sizes, z = (config.base_width, config.width_mult, config.res_blocks), config.z_channels
+        self.encoder = Encoder(*sizes, 2 * z, AttnBlock, config.encoder_attention)
+        self.decoder = Decoder(*sizes, z, AttnBlock, config.decoder_attention)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z, 2 * z, 1), nn.Conv2d(z, z, 1)
+
+    @property
+    def scaling(self) -> float:
+        """Factor that latents are multiplied by. Raises ValueError when none is known."""
+        if not self.config.scaling:
+            raise ValueError(
+                "no latent scaling is published for such an autoencoder: measure it by "
+                "python -m utils.tokenizer.scaling, and give it by --latent_scaling"
+            )
+        return self.config.scaling
+
+    @property
+    def pathway(self) -> LatentPathway:
+        return LatentPathway(self.config.patch, self.config.z_channels)
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] → mean and log-variance (B, z, h, w) of their latents."""
+        mean, log_variance = self.encode(images).chunk(2, dim=1)
+        return mean, log_variance.clamp(-30, 20)
+
+    def latents(self, mean: Tensor, log_variance: Tensor, noise: Tensor | None = None) -> Tensor:
+        """A draw of the latents (B, z, h, w), scaled; without noise their mean."""
+        return (mean if noise is None else mean + (0.5 * log_variance).exp() * noise) * self.scaling
+
+    def codes_of_images(self, images: Tensor, sides: Sequence[int], supervision: str) -> dict[int, Tensor]:
+        return self.from_moments(self.moments_of(images, sides, supervision), sides)
+
+    def moments_of(self, images: Tensor, sides: Sequence[int], supervision: str) -> dict[int, tuple[Tensor, Tensor]]:
+        """Mean and log-variance by the side of the tokens they are for: of the image, or of the image at each side."""
+        if supervision == "latent":
+            return {sides[-1]: self.moments(images)}
+        small = {s: F.interpolate(images, (self.config.factor * s,) * 2, mode="area") for s in sides}
+        return {s: self.moments(image) for s, image in small.items()}
+
+    def from_moments(
+        self, moments: Mapping[int, tuple[Tensor, Tensor]], sides: Sequence[int], sample: bool = True
+    ) -> dict[int, Tensor]:
+        """Latents drawn by torch's generator (or their means) → tokens of these sides, {s: (B, s², D)}.
+
+        Of sides that have no moments of their own, the finest one's latents, resized by area: noise comes before that.
+        """
+        drawn = {s: self.latents(m, v, torch.randn_like(m) if sample else None) for s, (m, v) in moments.items()}
+        finest, patch = drawn[max(drawn)], self.config.patch
+        return {s: to_tokens(drawn.get(s, resized(finest, s * patch)), patch) for s in sides}
+
+    def to_cache(self, images: Tensor, sides: ScaleSchedule, supervision: str) -> Tensor:
+        """Means and log-variances (B, n) in fp16, of the finest side or of each: noise is fresh in every step."""
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False), exact_convolutions():
+            found = self.moments_of(images.float(), sides.sides, supervision)
+        return torch.cat([x.flatten(1) for pair in found.values() for x in pair], dim=1).half().cpu()
+
+    def from_cache(
+        self, rows: Tensor, sides: ScaleSchedule, schedule: ScaleSchedule, supervision: str
+    ) -> dict[int, Tensor]:
+        z, patch, moments = self.config.z_channels, self.config.patch, {}
+        stored = sides.sides if supervision == "image" else sides.sides[-1:]
+        parts = rows.float().split([2 * z * (patch * s) ** 2 for s in stored], dim=1)
+        for s, part in zip(stored, parts, strict=True):
+            moments[s] = part.unflatten(1, (2, z, patch * s, patch * s)).unbind(1)
+        return self.from_moments(moments, schedule.sides)  # type: ignore[arg-type]
+
+    def cached_sides(self, size: int, schedule: ScaleSchedule) -> ScaleSchedule:
+        """The schedule: images resized to its sides have moments of their own."""
+        if schedule.sides[-1] * self.config.factor != size:
+            raise ValueError(f"the scales {schedule.sides} are of {schedule.sides[-1] * self.config.factor} pixels")
+        return schedule
+
+    def known(self, images: Tensor, schedule: ScaleSchedule, supervision: str) -> KnownCodes:
+        """Means of the latents."""
+        with torch.no_grad():
+            moments = self.moments_of(images, schedule.sides, supervision)
+            return KnownCodes(self.from_moments(moments, schedule.sides, sample=False))
+
+    @torch.no_grad()
+    def inputs_in_pixels(self, images: Tensor, schedule: ScaleSchedule) -> Tensor:
+        """Another reading of image supervision: inputs (B, n, D) of scales 2…N that go through pixels.
+
+        Each is the mean latent of the image shrunk to the scale before, by area, and raised to its own, bicubically.
+        """
+        factor, found = self.config.factor, []
+        for before, s in zip(schedule.sides, schedule.sides[1:], strict=False):
+            small = F.interpolate(images, (factor * before,) * 2, mode="area")
+            raised = F.interpolate(small, (factor * s,) * 2, mode="bicubic", align_corners=False)
+            found.append(to_tokens(self.latents(*self.moments(raised)), self.config.patch))
+        return torch.cat(found, dim=1)
+
+    def decode_at(self, codes: Mapping[int, Tensor], s: int, schedule: ScaleSchedule) -> Tensor:
+        return self.decode_maps(self.pathway.maps(codes[s], s) / self.scaling)
+
+    def decode_inputs(self, codes: Mapping[int, Tensor], i: int, schedule: ScaleSchedule) -> Tensor:
+        tokens = torch.cat([codes[s] for s in schedule.sides[:i]], dim=1)
+        fed = self.pathway.inputs(F.pad(tokens, (0, 0, 0, schedule.total - tokens.shape[1])), schedule, first=i)
+        return self.decode_at({schedule.sides[i]: fed[:, : schedule.lengths[i]]}, schedule.sides[i], schedule)
+
+    def pixels(self, s: int, schedule: ScaleSchedule) -> int:
+        return s * self.config.factor
+
+    equivariant: bool = False  # in training: latents resized and turned must decode to the image treated alike (EQ-VAE)
+
+    def quantise(self, images: Tensor, sides: Sequence[int]) -> Quantised:
+        """The image of a drawn latent; the KL divergence of the posterior stands where VQ has its commitment."""
+        down, luck = self.config.down_sampling, float(torch.rand(())) if self.equivariant else 1.0
+        full = images.shape[-1] // down
+        small = max(1, round(full * int(torch.randint(8, 32, ())) / 32)) if luck < 0.625 else full
+        if 0.5 <= luck < 0.625:  # a quarter of what is not turned
+            images = F.interpolate(images, (small * down,) * 2, mode="bilinear", antialias=True)
+        mean, log_variance = self.moments(images)
+        latent = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3)).mean()
+        if luck < 0.5:
+            turns = int(torch.randint(1, 4, ()))
+            latent, images = turned(latent, small, turns), turned(images, small * down, turns)
+        return Quantised([], [], [self.decode_maps(latent)], kl.new_zeros(()), kl, [images])
+
+
+def resized(maps: Tensor, s: int) -> Tensor:
+    """Maps (B, C, h, w) → (B, C, s, s), by area."""
+    return maps if maps.shape[-1] == s else F.interpolate(maps, size=(s, s), mode="area")
+
+
+def turned(maps: Tensor, s: int, quarters: int) -> Tensor:
+    """Maps (B, C, h, w) resized bilinearly to side s, and turned by quarters."""
+    return F.interpolate(maps, (s, s), mode="bilinear", antialias=True).rot90(quarters, (2, 3))
+
+
+def to_tokens(maps: Tensor, patch: int) -> Tensor:
+    """Maps (B, z, patch·s, patch·s) → tokens (B, s², z·patch²), each in the order channel, row, column."""
+    return F.pixel_unshuffle(maps, patch).flatten(2).transpose(1, 2)
+
+
+class LatentPathway:
+    """The upsampling pathway of continuous tokens: a scale is fed with the latent of the scale before it.
+
+    The detour, up to the finest side bicubically and from there down by area, is the released model's.
+    """
+
+    def __init__(self, patch: int, channels: int):
+        self.patch, self.channels = patch, channels
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Tokens (B, n, D) as they are."""
+        return codes
+
+    def maps(self, tokens: Tensor, s: int) -> Tensor:
+        """Tokens (B, s², D) → maps (B, z, patch·s, patch·s)."""
+        return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (s, s)), self.patch)
+
+    def shift(self, tokens: Tensor, i: int, schedule: ScaleSchedule) -> Tensor:
+        """Tokens (B, s², D) of scale i → inputs (B, s'², D) of the next."""
+        full, after = schedule.sides[-1] * self.patch, schedule.sides[i + 1] * self.patch
+        maps = self.maps(tokens.float(), schedule.sides[i])
+        if maps.shape[-1] != full:
+            maps = F.interpolate(maps, size=(full, full), mode="bicubic", align_corners=False)
+        return to_tokens(resized(maps, after), self.patch)
+
+    def inputs(self, tokens: Tensor, schedule: ScaleSchedule, truth: Tensor | None = None, first: int = 1) -> Tensor:
+        """Tokens of all scales (B, L, D), true or sampled → inputs (B, n, D) of the scales from number `first` on."""
+        parts = schedule.split(tokens)
+        shifted = [self.shift(parts[i - 1], i - 1, schedule) for i in range(first, len(schedule))]
+        return torch.cat(shifted, dim=1) if shifted else tokens[:, :0]
+
+    def feeds(self, i: int) -> int:
+        """Number of the first scale whose tokens the inputs of scale i are made of."""
+        return i - 1
+
+    def soften(self, schedule: ScaleSchedule, draw: Any, seeds: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
+        """Raises ValueError: see the residual pathway."""
+        raise ValueError("more_smooth mixes embeddings of codes, which a continuous latent has not")
+
+    def canvas(self, schedule: ScaleSchedule) -> LatentCanvas:
+        """An empty canvas, for sampling to fill."""
+        return LatentCanvas(self, schedule)
+
+
+class LatentCanvas:
+    """Scales as they are sampled, coarse to fine."""
+
+    def __init__(self, pathway: LatentPathway, schedule: ScaleSchedule):
+        self.pathway, self.schedule = pathway, schedule
+
+    def add(self, i: int, codes: Tensor) -> Tensor | None:
+        """Add the tokens (B, s², D) of scale i. Returns the inputs (B, s'², D) of the next; None after the last."""
+        return None if i + 1 == len(self.schedule) else self.pathway.shift(codes, i, self.schedule)
