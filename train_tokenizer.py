@@ -172,7 +172,10 @@ class TokenizerTrainer(Loop):
     def describe(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())
         vae, loss = self.config.model, self.config.loss
-        parts = [f"tokenizer: {parameters / 1e6:.1f} M parameters, codebook {vae.codebook_size} × {vae.codebook_dim}"]
+        codes = f"codebook {vae.codebook_size} × {vae.codebook_dim}"
+        continuous = f"{vae.z_channels} continuous channels"
+        parts = [f"tokenizer: {parameters / 1e6:.1f} M parameters"]
+        parts += [codes if self.model.config.codebook_size else continuous]
         parts += [f"perceptual distance by {loss.perceptual}"] if loss.perceptual != "none" else []
         parts += [f"a discriminator from step {loss.disc_start} on"] if loss.disc_weight else []
         return ", ".join(parts)

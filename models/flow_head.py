@@ -321,7 +321,7 @@ class FlowHead(nn.Module):
         sides, full = schedule.sides[first:], schedule.sides[-1]
         if not isinstance(targets, FlowTarget):
             time = torch.rand(len(z), len(sides), device=z.device)
-            targets = FlowTarget(targets, time, torch.randn_like(targets))
+            targets = FlowTarget(targets, time, torch.randn(targets.shape, device=z.device))
         tokens, time, noise, velocity = targets
         t = time.repeat_interleave(torch.tensor(schedule.lengths[first:], device=z.device), dim=1).unsqueeze(-1)
         found = self((1 - t) * tokens + t * noise, time, z, sides, full)

@@ -68,7 +68,8 @@ class KLConfig(VQVAEConfig):
     @classmethod
     def from_flags(cls, flags: Any) -> KLConfig:
         names = ("base_width", "width_mult", "res_blocks", "z_channels")
-        return cls(**{name: getattr(flags, name) for name in names}, encoder_attention=(len(flags.width_mult) - 1,))
+        last = (len(flags.width_mult) - 1,)  # scaled by 1: of its own training nothing depends on it
+        return cls(**{name: getattr(flags, name) for name in names}, encoder_attention=last, scaling=1.0)
 
     @classmethod
     def recognises(cls, weights: Mapping[str, Tensor]) -> bool:
@@ -170,7 +171,7 @@ class KLAutoencoder(Tokenizer):
 
         Of sides that have no moments of their own, the finest one's latents, resized by area: noise comes before that.
         """
-        drawn = {s: self.latents(m, v, torch.randn_like(m) if sample else None) for s, (m, v) in moments.items()}
+        drawn = {s: self.latents(m, v, noise_like(m) if sample else None) for s, (m, v) in moments.items()}
         finest, patch = drawn[max(drawn)], self.config.patch
         return {s: to_tokens(drawn.get(s, resized(finest, s * patch)), patch) for s in sides}
 
@@ -236,12 +237,17 @@ class KLAutoencoder(Tokenizer):
         if 0.5 <= luck < 0.625:  # a quarter of what is not turned
             images = F.interpolate(images, (small * down,) * 2, mode="bilinear", antialias=True)
         mean, log_variance = self.moments(images)
-        latent = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        latent = mean + (0.5 * log_variance).exp() * noise_like(mean)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3)).mean()
         if luck < 0.5:
             turns = int(torch.randint(1, 4, ()))
             latent, images = turned(latent, small, turns), turned(images, small * down, turns)
         return Quantised([], [], [self.decode_maps(latent)], kl.new_zeros(()), kl, [images])
+
+
+def noise_like(x: Tensor) -> Tensor:
+    """Normal numbers of x's shape, in the order of its indices: randn_like's depend on how x lies in memory."""
+    return torch.randn(x.shape, device=x.device)
 
 
 def resized(maps: Tensor, s: int) -> Tensor:

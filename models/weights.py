@@ -6,7 +6,7 @@ Loads are strict. The known differences of released files are in KNOWN, by name.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -52,11 +52,11 @@ def read_state_dict(path: str | Path) -> StateDict:
 
 
 def unwrap(found: object, path: Path) -> StateDict:
-    """Released containers: {'model': state dict}, {'trainer': {'var_wo_ddp': state dict}}, or a bare one."""
+    """Released containers: {'model' or 'state_dict': state dict}, {'trainer': {'var_wo_ddp': …}}, or a bare one."""
     if isinstance(found, dict) and isinstance(found.get("trainer"), dict):
         found = found["trainer"].get("var_wo_ddp")
-    elif isinstance(found, dict) and isinstance(found.get("model"), dict):
-        found = found["model"]
+    elif isinstance(found, dict):
+        found = next((found[name] for name in ("model", "state_dict") if isinstance(found.get(name), dict)), found)
     if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
         raise ValueError(f"{path} holds no state dict in a layout known here")
     return found
@@ -130,8 +130,9 @@ def load_tokenizer(path: str | Path, **options: float) -> Tokenizer:
     path = tokenizer_file(path)
     weights = read_state_dict(path)
     config = recognise_tokenizer(weights, path)
-    if any(options.values()):
-        config = replace(config, **options)  # type: ignore[arg-type]
+    known = {name: options[name] for name in options.keys() & {f.name for f in fields(config)}}
+    if any(known.values()):
+        config = replace(config, **known)  # type: ignore[arg-type]
     with torch.device("meta"):  # the weights come from the file: draw none
         vae = config.build()
     weights = dict(config.adapted(weights))

@@ -16,7 +16,7 @@ if not __package__:  # run as a file: the project's root is not on the path
 from utils.runtime.entry import entry
 from utils.runtime.flags import Parser
 
-FLEXVAR, SAR, VAR = "jiaosiyu1999/FlexVAR", "ZGZzz/SAR", "FoundationVision/var"
+FLEXVAR, SAR, VAR, FLOWAR = "jiaosiyu1999/FlexVAR", "ZGZzz/SAR", "FoundationVision/var", "OliverRen/FlowAR"
 FILES = {
     "FlexVAE.pth": FLEXVAR,
     "FlexVARd16-epo179.pth": FLEXVAR,
@@ -27,6 +27,13 @@ FILES = {
     "SARd24-epo349.pth": SAR,
     "vae_ch160v4096z32.pth": VAR,
     **{f"var_d{depth}.pth": VAR for depth in (16, 20, 24, 30, 36)},
+    **{f"FlowAR-{size}.pth": FLOWAR for size in "SLH"},
+}
+# SHA-256 of files that are known beside what the Hub says.
+DIGESTS = {
+    "FlowAR-S.pth": "70728d9d81b8023928cf9fd8daead4c007c5a0ce3f3201d0f3805bb9e42e0c34",
+    "FlowAR-L.pth": "f63b1159b5dc0e1e7b017af51f7524e50fe3a743112e60d21184258f05a97565",
+    "FlowAR-H.pth": "a413fc1b71f8e2948729f3ff70943d9bf09484dc2ca36de593487adcd2160af0",
 }
 HERE = Path(__file__).resolve().parent
 
@@ -46,7 +53,7 @@ def download(name: str, directory: Path = HERE) -> Path:
     unchecked = directory / ".unchecked"
     try:
         found = Path(hf_hub_download(FILES[name], name, local_dir=unchecked))
-        wanted = published_digest(name)
+        wanted = DIGESTS.get(name) or published_digest(name)
     except Exception as error:  # of the Hub, of the net below it, of the disk: the file is not to be had this way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConnectionError(

@@ -16,6 +16,7 @@ def test_each_released_file_has_its_repository():
         "FlexVAE.pth", "FlexVARd16-epo179.pth", "FlexVARd20-epo249.pth", "FlexVARd24-epo349.pth",
         "SARd16-epo179.pth", "SARd20-epo249.pth", "SARd24-epo349.pth",
         "vae_ch160v4096z32.pth", "var_d16.pth", "var_d20.pth", "var_d24.pth", "var_d30.pth", "var_d36.pth",
+        "FlowAR-S.pth", "FlowAR-L.pth", "FlowAR-H.pth",
     }  # fmt: skip
     assert {module.FILES[name] for name in module.FILES if name.startswith("Flex")} == {"jiaosiyu1999/FlexVAR"}
     assert {module.FILES[name] for name in module.FILES if name.startswith("SAR")} == {"ZGZzz/SAR"}

@@ -8,7 +8,7 @@ from tests import parity
 from tests.conftest import DATA, tool
 
 
-@pytest.mark.parametrize("name", ["flexvar", "var"])
+@pytest.mark.parametrize("name", ["flexvar", "var", "flowar"])
 def test_every_tensor_is_as_the_released_implementation_computed_it(name, capsys):
     assert parity.compare(DATA / name) == []
     said = capsys.readouterr().out.splitlines()

@@ -22,9 +22,10 @@ class DataConfig(Flags):
     """folder: images in DATA_PATH/train/<class>/*, and val/ beside it; digits: scikit-learn's handwritten digits;
     cifar10: torchvision's, in DATA_PATH."""
     data_path: str = ""  # where the data set lies
-    augment: Literal["crop", "flip", "var"] = "crop"
+    augment: Literal["crop", "flip", "var", "flowar"] = "crop"
     """how a folder's training images vary: ADM's random crop and a flip; a flip alone (for small images, which the crop
-    would enlarge); or as VAR's: a random crop of the image resized to 9/8 of the side, without a flip"""
+    would enlarge); VAR's: a random crop of the image resized to 9/8 of the side, without a flip; FlowAR's: such a crop,
+    resized bilinearly, with a flip"""
     workers: int = -1  # loader processes a rank; -1: a core each that the node's ranks leave, up to 8
     on_bad_image: Literal["stop", "skip"] = "stop"
     """a file that is no usable image: stop and name it, or take the next good one and list it in a file"""
@@ -106,6 +107,7 @@ class OptimConfig(Flags):
     lr: float = 1e-4  # peak learning rate, as it stands: not scaled by the batch
     wp: float = 0.0  # warm-up, as a fraction of the run
     wpe: float = 1.0  # final learning rate as a fraction of --lr: flat for 5 % of the run, then linear. 1: constant
+    lr_decay: Literal["linear", "cosine"] = "linear"  # after the warm-up: flat for 5 % and linear, or a cosine at once
     twd: float = 0.05  # weight decay of matrices
     twde: float = -1.0  # weight decay at the end of the run, which it moves to along a cosine; -1: as --twd
     tclip: float = 2.0  # largest gradient norm; 0: no clipping

@@ -26,7 +26,7 @@ from torchvision import datasets as tv_datasets
 from models.scales import ScaleSchedule
 from models.tokenizer import Tokenizer
 from utils.config.training import DataConfig
-from utils.data.images import SkipBad, View, adm_crop, centre_crop, shift_and_rotate, var_crop
+from utils.data.images import SkipBad, View, adm_crop, centre_crop, flowar_crop, shift_and_rotate, var_crop
 from utils.runtime.entry import notice, refuse_inside
 from utils.runtime.image_files import (
     BadImage,
@@ -190,7 +190,7 @@ def open_dataset(config: DataConfig, size: int, seed: int, split: str, directory
         raise ValueError(f"the classes in {folder} are not those in {folder.parent / 'train'}")
     listed = directory / f"bad_images_{split}.txt"
     skip = SkipBad(listed, config.bad_image_limit) if config.on_bad_image == "skip" else None
-    view = {"crop": adm_crop, "flip": centre_crop, "var": var_crop}[config.augment]
+    view = {"crop": adm_crop, "flip": centre_crop, "var": var_crop, "flowar": flowar_crop}[config.augment]
     return ImageDataset(source, source.classes, view, size, seed, training, skip, record)
 
 

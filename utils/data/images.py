@@ -50,12 +50,19 @@ def adm_crop(image: Image.Image, size: int, rng: random.Random | None) -> Image.
     return mirror(crop(image, size, rng), rng)
 
 
-def var_crop(image: Image.Image, size: int, rng: random.Random | None) -> Image.Image:
+def var_crop(
+    image: Image.Image, size: int, rng: random.Random | None, by: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
     """VAR's crop: the short side resized to 9/8 of the side by Lanczos; a random crop, or the centre; no flip."""
     short = round(1.125 * size)
     scale = short / min(image.size)
     resized = (max(short, round(image.width * scale)), max(short, round(image.height * scale)))
-    return crop(image.resize(resized, Image.Resampling.LANCZOS), size, rng)
+    return crop(image.resize(resized, by), size, rng)
+
+
+def flowar_crop(image: Image.Image, size: int, rng: random.Random | None) -> Image.Image:
+    """FlowAR's crop: as VAR's, resized bilinearly, and a flip in training."""
+    return mirror(var_crop(image, size, rng, Image.Resampling.BILINEAR), rng)
 
 
 def crop(image: Image.Image, size: int, rng: random.Random | None) -> Image.Image:

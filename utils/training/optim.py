@@ -43,12 +43,17 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def learning_rate(step: int, total: int, config: OptimConfig) -> float:
-    """Linear warm-up over the first `wp` of the run, flat for 5 % of it, then linear to `wpe` of the peak."""
+    """Linear warm-up over the first `wp` of the run, then to `wpe` of the peak.
+
+    By `lr_decay`: flat for 5 % of what is left and then linear, or along a cosine at once.
+    """
     warm = config.wp * total
     if step < warm:
         return config.lr * (0.005 + 0.995 * step / warm)
     progress = (step - warm) / max(total - 1 - warm, 1)  # 0 … 1 after the warm-up
     fall = max(0.0, (progress - HOLD) / (1 - HOLD))
+    if config.lr_decay == "cosine":
+        fall = 0.5 * (1 - math.cos(math.pi * progress))
     return config.lr * (1 - (1 - config.wpe) * fall)
 
 
