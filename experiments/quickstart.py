@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
 from models import Guidance, SamplingConfig, ScaleSchedule, generate
-from models.pipeline import to_pil
+from models.pipeline import open_pipeline, to_pil
 from models.tokenizer import Tokenizer
 from models.weights import load_flexvar, load_tokenizer
 from utils.config.training import DataConfig
@@ -35,11 +36,11 @@ from utils.runtime.files import write_json
 from utils.runtime.flags import Parser, whole
 from utils.runtime.numerics import derive_seed
 from utils.tokenizer.losses import resize_to
+from utils.tokenizer.scaling import measure_scaling
 
 SIDES = "1_2_3_5_8"
 SIZE = 32
 PER_CLASS = 50
-SAMPLING = SamplingConfig(Guidance("ramp", 0.5))  # no top-k, no top-p
 SEED = 0
 SHOWN = 8  # samples of each class in the picture
 # Standard deviation of the Fréchet distance over the seeds of a continuation: of docs/study_digits.md.
@@ -47,19 +48,57 @@ SPREAD = 0.5
 
 DATA = ["--dataset=digits", "--workers=0"]
 TOKENIZER = [f"--image_size={SIZE}", f"--pn={SIDES}", "--base_width=32", "--width_mult", "1", "1", "2"]
-TOKENIZER += ["--res_blocks=1", "--codebook_size=128", "--codebook_dim=16", "--bs=32", "--lr=2e-3", "--wpe=0.1"]
+TOKENIZER += ["--res_blocks=1", "--bs=32", "--lr=2e-3", "--wpe=0.1"]
+CODEBOOK = ["--codebook_size=128", "--codebook_dim=16"]
 FLEXVAR = ["--depth=4", "--width=128", f"--pn={SIDES}", "--schedule=fixed", "--bs=48"]
 FROM_SCRATCH = ["--training_mode=teacher_forcing", "--lr=2e-3", "--wp=0.05", "--wpe=0.1"]
 FURTHER = ["--lr=3e-4"]
 HYBRID_SIDE = 3
 HYBRID = ["--model=hybrid", f"--first_side={HYBRID_SIDE}"]
-# A model: its name in a report, and the flags that its tokenizer, code cache and transformer have beside the others.
-MODELS = {
-    "flexvar": ("FlexVAR", ["--z_channels=64"], [], []),
-    "hybrid": ("hybrid model", ["--z_channels=64"], [], HYBRID),
-    "var": ("VAR", ["--quantiser=residual"], [f"--pn={SIDES}"], ["--model=var"]),
-}
 SAR = ["--training_mode=csfl", "--sf_top_k=0", "--sf_top_p=0.98", "--sf_cfg_scale=1.5"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A --model: its name in a report, and what its stages are told beside the others'."""
+
+    title: str
+    tokenizer: list[str]
+    model: list[str] = field(default_factory=list)
+    cache: list[str] = field(default_factory=list)
+    scratch: list[str] = field(default_factory=list)
+    sar: list[str] = field(default_factory=lambda: SAR)
+    steps: int = 450  # from scratch
+    cfg: float = 0.5  # ramp guidance of its samples
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """Without top-k and top-p."""
+        return SamplingConfig(Guidance("ramp", self.cfg))
+
+    def scaling(self, tokenizer: Path) -> list[str]:
+        """The flag that scales continuous latents, measured on the training digits; of codes there is none."""
+        if "--quantiser=none" not in self.tokenizer:
+            return []
+        vae = load_tokenizer(tokenizer)
+        return [f"--latent_scaling={measure_scaling(vae, DataConfig(dataset='digits'), SIZE, 500):.4f}"]  # type: ignore[arg-type]
+
+
+MODELS = {
+    "flexvar": Kind("FlexVAR", ["--z_channels=64", *CODEBOOK]),
+    "hybrid": Kind("hybrid model", ["--z_channels=64", *CODEBOOK], HYBRID),
+    "var": Kind("VAR", ["--quantiser=residual", *CODEBOOK], ["--model=var"], [f"--pn={SIDES}"]),
+    "flowar": Kind(
+        "FlowAR",
+        ["--quantiser=none", "--z_channels=4", "--kl=1e-4"],
+        ["--model=flowar", "--depth=2", "--flow_width=128", "--dropout=0", "--bs=24", "--twd=0.02"],
+        [f"--pn={SIDES}"],
+        ["--lr=3e-3"],
+        ["--training_mode=csfl", "--rollout=sample", "--rollout_steps=4"],
+        steps=2000,
+        cfg=2.0,
+    ),
+}
 
 ROWS = {
     "real": "real held-out digits",
@@ -133,21 +172,21 @@ def gather(views, epochs: range) -> tuple[Tensor, np.ndarray]:
     return torch.stack([image for image, _ in pairs]), np.array([label for _, label in pairs])
 
 
-def sample(directory: Path, vae: Tokenizer, labels: Tensor) -> Tensor:
+def sample(directory: Path, vae: Tokenizer, labels: Tensor, sampling: SamplingConfig) -> Tensor:
     """Images of a run's model, the same seeds for every run."""
     model = load_flexvar(directory)
     schedule = model.trim(ScaleSchedule.parse(SIDES))
     seeds = [derive_seed("quickstart", i) for i in range(len(labels))]
     parts = [
-        generate(model, vae, labels[i : i + 100], schedule, SAMPLING, seeds[i : i + 100])
+        generate(model, vae, labels[i : i + 100], schedule, sampling, seeds[i : i + 100])
         for i in range(0, len(labels), 100)
     ]
     return torch.cat(parts)
 
 
-def evaluate(runs: dict[str, Path], kind: str, out: Path) -> dict[str, dict[str, float]]:
+def evaluate(runs: dict[str, Path], kind: Kind, out: Path) -> dict[str, dict[str, float]]:
     """Scores of real digits, reconstructions and samples; samples.png on the way."""
-    judge, vae = Judge(), load_tokenizer(runs["tokenizer"])
+    judge, vae = Judge(), open_pipeline(str(runs["flexvar"])).vae
     # Held-out digits, shifted and turned as the training digits are: that is what the models imitate.
     held_out = open_dataset(DataConfig(dataset="digits"), SIZE, SEED + 1, "val")
     held_out.training = True
@@ -156,10 +195,10 @@ def evaluate(runs: dict[str, Path], kind: str, out: Path) -> dict[str, dict[str,
         schedule = ScaleSchedule.parse(SIDES)
         reconstruction = vae.decode_at(vae.tokenize(real, schedule.sides), schedule.sides[-1], schedule)
     labels = torch.arange(10).repeat_interleave(PER_CLASS)
-    samples = {name: sample(runs[name], vae, labels) for name in ("flexvar", "flexvar_continued", "sar")}
+    samples = {name: sample(runs[name], vae, labels, kind.sampling) for name in ("flexvar", "flexvar_continued", "sar")}
     scores = {"real": judge.score(real, real_labels), "reconstruction": judge.score(reconstruction, real_labels)}
     scores |= {name: judge.score(images, labels.numpy()) for name, images in samples.items()}
-    draw_samples(samples, kind, out)
+    draw_samples(samples, kind.title, out)
     return scores
 
 
@@ -217,7 +256,8 @@ def conclusion(report: dict, kind: str) -> str:
 def write_report(report: dict, out: Path) -> None:
     """report.json and report.md."""
     write_json(out / "report.json", report)
-    kind, more = MODELS[report["model"]][0], report["steps"]["sar"]
+    chosen, more = MODELS[report["model"]], report["steps"]["sar"]
+    kind, loss = chosen.title, "flow loss" if chosen.title == "FlowAR" else "cross-entropy in nats per token"
     lines = ["# Quickstart on digits", "", conclusion(report, kind)]
     lines += ["", "| | class accuracy | Fréchet distance |", "|---|---|---|"]
     for name in ROWS:
@@ -233,10 +273,11 @@ def write_report(report: dict, out: Path) -> None:
         "",
         "Class accuracy: by a scikit-learn classifier trained on the real training digits. Fréchet distance: in that "
         "classifier's 64 features, against the training digits. It is not FID, and compares only within this table. "
-        f"{10 * PER_CLASS} samples a model, equal seeds, ramp guidance {SAMPLING.guidance.scale}, no top-k, no top-p. "
+        f"{10 * PER_CLASS} samples a model, equal seeds, ramp guidance {chosen.cfg}, no top-k, no top-p. "
         "The tokenizer's loss is its mean squared error at the finest scale; the others' is the teacher-forced "
-        "cross-entropy in nats per token. On held-out digits it is lower than in training because training is the "
-        "harder task: digits are shifted and turned, the class is dropped for one in ten, blocks at random.",
+        f"{loss}. "
+        "On held-out digits it is lower than in training because training is the harder task: digits are shifted and "
+        "turned, the class is dropped for one in ten, blocks at random.",
         "",
         "## Samples",
         "",
@@ -267,30 +308,33 @@ def main() -> None:
     parser = Parser(__doc__, prog="python -m experiments.quickstart")
     parser.add_argument("--out", type=Path, default=Path("out/quickstart"))
     parser.add_argument("--tokenizer_steps", type=whole(1), default=300)
-    parser.add_argument("--flexvar_steps", type=whole(1), default=450)
+    parser.add_argument("--flexvar_steps", type=whole(0), default=0, help="0: as many as the model needs")
     parser.add_argument("--further_steps", type=whole(1), default=150)
     parser.add_argument("--processes", type=whole(0), default=0, help="of each training run; 0: one a GPU, or two")
     parser.add_argument("--model", choices=MODELS, default="flexvar")
     args = parser.parse_args()
     check_output_directory(args.out, "--out")
-    out, first, more = args.out, args.flexvar_steps, args.further_steps
-    runs, seconds = {}, {}
-    kind, tokenizer, cache, model = MODELS[args.model]
+    kind, out, more = MODELS[args.model], args.out, args.further_steps
+    first = args.flexvar_steps or kind.steps
+    runs, seconds, scaling = {}, {}, []
     steps = {"tokenizer": args.tokenizer_steps, "flexvar": first, "flexvar_continued": more, "sar": more}
     vae_ckpt = f"--vae_ckpt={out / 'tokenizer'}"
-    base = [vae_ckpt, f"--code_cache={out / 'codes'}", *FLEXVAR, *model]
+    base = [vae_ckpt, f"--code_cache={out / 'codes'}", *FLEXVAR, *kind.model]
     further = [*base, *FURTHER, f"--init_ckpt={out / 'flexvar'}"]
     stages = {
-        "tokenizer": ("train_tokenizer.py", [*TOKENIZER, *tokenizer]),
-        "flexvar": ("train.py", [*base, *FROM_SCRATCH]),
+        "tokenizer": ("train_tokenizer.py", [*TOKENIZER, *kind.tokenizer]),
+        "flexvar": ("train.py", [*base, *FROM_SCRATCH, *kind.scratch]),
         "flexvar_continued": ("train.py", [*further, "--training_mode=teacher_forcing"]),
-        "sar": ("train.py", [*further, *SAR]),
+        "sar": ("train.py", [*further, *kind.sar]),
     }
     for name, (program, flags) in stages.items():
+        if name == "flexvar":
+            scaling = kind.scaling(out / "tokenizer")
+        flags = [*flags, *([] if name == "tokenizer" else scaling)]
         watch = [] if name == "tokenizer" else [f"--eval_every={max(1, steps[name] // 6)}"]
         runs[name], seconds[name] = run_stage(name, program, [*flags, *watch], steps[name], out, args.processes)
         if name == "tokenizer":
-            codes = [vae_ckpt, f"--out={out / 'codes'}", f"--image_size={SIZE}", f"--seed={SEED}", *cache]
+            codes = [vae_ckpt, f"--out={out / 'codes'}", f"--image_size={SIZE}", f"--seed={SEED}", *kind.cache]
             # FlexVAR's 17 epochs see each crop about twice.
             codes += [f"--crops={min(8, math.ceil(first * 48 / 1300))}", "--shard_images=128", "--batch=128"]
             seconds["codes"] = launch(["-m", "utils.data.code_cache", *DATA, *codes], args.processes)

@@ -18,6 +18,7 @@ from experiments.study import Plan, Scorer, run_study
 from models.weights import load_tokenizer
 from utils.config.training import DataConfig
 from utils.runtime.entry import entry
+from utils.runtime.files import read_json
 
 DRAWN = ["--sf_top_k=0", "--sf_top_p=0"]
 SAR = "--training_mode=csfl"
@@ -54,7 +55,7 @@ COLUMNS = {
 def variants(model: str) -> dict[str, list[str]]:
     """Those of a quickstart with this --model."""
     every = {**VARIANTS, **(VARIANTS_VAR if model == "var" else {})}
-    return {name: [*MODELS[model][3], *flags] for name, flags in every.items()}
+    return {name: [*MODELS[model].model, *flags] for name, flags in every.items()}
 
 
 def flags(quickstart: Path) -> list[str]:
@@ -63,11 +64,12 @@ def flags(quickstart: Path) -> list[str]:
 
 def scorer(quickstart: Path) -> Scorer:
     judge, vae = Judge(), load_tokenizer(quickstart / "tokenizer")
+    sampling = MODELS[read_json(quickstart / "report.json")["model"]].sampling
     labels = torch.arange(10).repeat_interleave(PER_CLASS)
 
     def scores(run: Path) -> dict:
         found = measure(run, DataConfig(dataset="digits"))
-        return {**found, **judge.score(sample(run, vae, labels), labels.numpy())}
+        return {**found, **judge.score(sample(run, vae, labels, sampling), labels.numpy())}
 
     return scores
 

@@ -154,7 +154,7 @@ def test_a_config_of_another_program_is_passed_over(path, vae, model, tmp_path):
 def test_fill_steps_are_of_hybrid_models_only(saved, tmp_path):
     status, _, err = sample(saved, "--classes=0", "--fill_steps=3", "--out", tmp_path / "x.png", check=False)
     assert status == 1
-    assert "--fill_steps has no effect without a model that fills its first side step by step" in err
+    assert "--fill_steps has no effect with a FlexVAR" in err
 
 
 def test_sides_that_are_taken_greedily_are_said_once(saved, tmp_path):

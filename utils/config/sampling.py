@@ -70,7 +70,7 @@ class DrawConfig(Flags):
 
     def check_model(self, name: str, reads: Sequence[str]) -> None:
         """Raises ValueError for flags of sampling that a model does not read; it reads those named."""
-        only_with(self, False, f"such a model as {name}", [flag for flag in SOME_READ if flag not in reads])
+        without(self, True, f"a {name}", [flag for flag in SOME_READ if flag not in reads])
 
 
 @dataclass(frozen=True)
