@@ -53,7 +53,7 @@ COLUMNS = {
 
 
 def variants(model: str) -> dict[str, list[str]]:
-    """Those of a quickstart with this --model."""
+    """Variants of a quickstart with this --model."""
     every = {**VARIANTS, **(VARIANTS_VAR if model == "var" else {})}
     return {name: [*MODELS[model].model, *flags] for name, flags in every.items()}
 

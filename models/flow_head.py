@@ -233,7 +233,7 @@ class FlowSampler:
 
 
 class FlowTarget(NamedTuple):
-    """What a pass is asked for where that is more than data: a point on the path, and the velocity there."""
+    """Target of a pass that is more than data: a point on the path, and the velocity there."""
 
     tokens: Tensor  # (B, L, D)
     time: Tensor  # (B, K)
@@ -261,7 +261,7 @@ class FlowPrediction(NamedTuple):
         return {f"loss_side/{s}": part.mean() for s, part in zip(schedule.sides[first:], parts, strict=True)}
 
     def targets(self, kind: str, truth: Tensor, schedule: ScaleSchedule, first: int) -> Tensor | FlowTarget:
-        """What a second pass is asked for at the scales from number `first` on, by --csf_target.
+        """Targets of a second pass at the scales from number `first` on, by --csf_target.
 
         teacher: this pass's samples, as data; velocity: its velocities, at the points where they were predicted;
         ground_truth: the true velocities, at the same points.

@@ -89,6 +89,7 @@ class FlowARConfig(FlexVARConfig):
     def __post_init__(self):
         object.__setattr__(self, "width", self.width or 64 * self.depth)
         object.__setattr__(self, "drop_path", 0.0)
+        object.__setattr__(self, "codebook_size", 0)
         object.__setattr__(self, "heads_", self.heads_ or max(1, self.width // 64))
         object.__setattr__(self, "sides", ScaleSchedule(tuple(self.sides)).sides)
         if self.depth < 1 or self.width % self.heads_ or self.width // self.heads_ % 4 or self.flow_width % 64:
@@ -312,7 +313,7 @@ class FlowAR(nn.Module):
         return DecodingState(condition, self.modulations(condition), condition, caches)
 
     def decode_scale(self, state: DecodingState, inputs: Tensor | None, s: int, rows: int | None = None) -> Tensor:
-        """What conditions the head at the next scale (B, s², C), from its inputs (B, s², D); None: the first scale."""
+        """Conditions of the head at the next scale (B, s², C), from its inputs (B, s², D); None: the first scale."""
         x = self.first_scale(state.condition, s * s) if inputs is None else self.embed(inputs)
         return self.conditions(x, state.modulations, state.caches, (s,))[:rows]
 

@@ -50,7 +50,7 @@ class Prediction(NamedTuple):
     mask: Tensor | None = None  # (B, L) tokens that count; None: all
 
     def targets(self, kind: str, truth: Tensor, schedule: ScaleSchedule, first: int) -> Tensor:
-        """What a second pass is asked for at the scales from number `first` on, by --csf_target: tokens or logits."""
+        """Targets of a second pass at the scales from number `first` on, by --csf_target: tokens or logits."""
         found = {"teacher": self.sampled, "ground_truth": truth, "teacher_soft": self.logits}[kind]
         return found[:, schedule.offsets[first] - schedule.total :]
 

@@ -134,7 +134,7 @@ class ResidualVQVAE(Tokenizer):
         return self.decode_at(codes, schedule.sides[i - 1], schedule)
 
     def pixels(self, s: int, schedule: ScaleSchedule) -> int:
-        """Those of the whole image: a canvas has its full side from the first scale on."""
+        """Pixels of the whole image: a canvas has its full side from the first scale on."""
         return schedule.sides[-1] * self.config.factor
 
     def quantise(self, images: Tensor, sides: Sequence[int]) -> Quantised:

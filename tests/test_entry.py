@@ -25,7 +25,7 @@ ENTRIES = [
     *("utils.data.code_cache", "utils.data.check", "utils.runtime.checkpoint", "utils.evaluations.c2i.setup"),
     *("experiments.figures", "experiments.flags_page"),
     *("experiments.quickstart", "experiments.study_cifar10", "experiments.study_digits", "experiments.study_hybrid"),
-    "experiments.report_cifar10",
+    *("experiments.report_cifar10", "utils.tokenizer.scaling"),
     *("benchmarks.attention", "benchmarks.data", "benchmarks.sample", "benchmarks.train_step"),
 ]
 

@@ -108,7 +108,7 @@ def runs_below(directory: str | Path) -> str:
 
 
 def invariants_of(manifest: dict) -> dict:
-    """What a checkpoint's run cannot change, beside its flags. Older manifests call it "facts"."""
+    """Facts that a checkpoint's run cannot change, beside its flags. Older manifests call it "facts"."""
     return manifest.get("invariants") or manifest.get("facts", {})
 
 

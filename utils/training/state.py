@@ -36,7 +36,7 @@ Metrics = dict[str, Tensor]
 
 
 class TrainingState:
-    """What a run consists of, beside its data: saved by `checkpoint`, and read back by `resume`."""
+    """Parts of a run, beside its data: saved by `checkpoint`, and read back by `resume`."""
 
     def __init__(
         self,
