@@ -153,6 +153,34 @@ MUTATIONS = [
         "",
         "tests/test_files.py::test_files_that_claim_more_than_they_hold_are_refused_before_memory_is_taken",
     ),
+    Mutation(
+        "ties of the residual convolutions in float64",
+        "models/residual_pathway.py",
+        "return min(range(PHIS), key=lambda j: abs(ticks[j] - place))",
+        "return min(range(PHIS), key=lambda j: abs(j / 3 - place))",
+        "tests/test_residual_pathway.py::test_ties_between_ticks_fall_as_released",
+    ),
+    Mutation(
+        "the whole canvas as input",
+        "models/residual_pathway.py",
+        "            yield canvas + residual\n",
+        "            yield residual\n",
+        "tests/test_var.py::test_a_step_equals_the_plain_one_in_loss_and_gradient",
+    ),
+    Mutation(
+        "times truncated in single precision",
+        "models/flow_head.py",
+        "whole = (t.float() * 1000).long().float()",
+        "whole = (t.double() * 1000).long().float()",
+        "tests/test_flowar.py::test_times_are_truncated_in_single_precision",
+    ),
+    Mutation(
+        "noise in the order of indices",
+        "models/kl_vae.py",
+        "    return torch.randn(x.shape, device=x.device)\n",
+        "    return torch.randn_like(x)\n",
+        "tests/test_kl_vae.py::test_noise_is_fresh_comes_before_resizing_and_depends_on_the_seed_alone",
+    ),
 ]
 
 
