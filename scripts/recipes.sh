@@ -56,8 +56,8 @@ flowar_sizes() { # of SIZE: S, B, L or H; B is our reading, from S with twice th
         --flow_depth "$FLOW_DEPTH"
         --flow_width "$FLOW_WIDTH"
         --flow_cross "${CROSS:-false}"
-        --augment flowar
     )
+    AUGMENT=(--augment flowar)
     [ "$SIZE" != H ] || MODEL+=(--heads 16)
 }
 
@@ -82,7 +82,7 @@ flowar_recipe() { # FlowAR's own: its warm-up is a quarter of the run, whatever 
 
 var_model() { # what any run of a VAR says
     TOKENIZER=vae_ch160v4096z32.pth
-    MODEL=(--model var --schedule fixed --augment var)
+    MODEL=(--model var --schedule fixed) AUGMENT=(--augment var)
 }
 
 var_recipe() { # VAR's own, from scratch

@@ -5,5 +5,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 [ -n "$PYTHON" ] || fail "no Python found: run bash scripts/setup.sh"
 "$PYTHON" -c 'import torch' 2>/dev/null || fail "$PYTHON has no PyTorch: run bash scripts/setup.sh"
 ENTRY=${ENTRY:-train.py}
+# How images are cropped stands in a code cache's manifest, where there is one.
+case " $* " in *" --code_cache"*) ;; *) RECIPE+=(${AUGMENT[@]+"${AUGMENT[@]}"}) ;; esac
 asked_for_help "$@" || "$PYTHON" "$ENTRY" "${RECIPE[@]}" "$@" --check # one clear line before torchrun starts, if something is missing
 launch "$ENTRY" "${RECIPE[@]}" "$@"

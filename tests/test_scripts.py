@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from models.flexvar import FlexVAR, FlexVARConfig
+from models.flowar import FlowAR
 from models.generators import TOKENIZERS
 from models.weights import load_flexvar, load_tokenizer, save_weights
 from tests.conftest import ROOT, calls_of, run
@@ -16,6 +17,7 @@ from utils.config.sampling import EvalConfig
 from utils.config.tokenizer import TokenizerTrainConfig
 from utils.config.training import TrainConfig
 from utils.runtime.checkpoint import newest_checkpoint
+from utils.runtime.files import read_json
 from utils.runtime.flags import parse
 
 RELEASED = {16: 179, 20: 249, 24: 349}  # depth → epochs
@@ -59,6 +61,37 @@ def test_each_script_is_the_recipe_of_its_depth(script, spy):
     if script.startswith("train_VAR"):
         optim = config.optim
         assert (optim.ep, optim.lr, optim.wp, optim.wpe, optim.twd, optim.twde, optim.tclip) == VAR_RECIPE[depth]
+
+
+FLOWAR = {"S": (6, 768, 2, 1024, False), "B": (12, 768, 2, 1024, False)}
+FLOWAR |= {"L": (8, 1024, 12, 1024, True), "H": (15, 1536, 12, 1536, True)}
+FLOWAR_SETTINGS = {"S": (4.3, 25, 0.9), "B": (4.3, 25, 0.9), "L": (2.4, 25, 0.9), "H": (2.4, 50, 0.7)}
+
+
+def test_a_code_cache_brings_its_own_crops(spy):
+    run("bash", "scripts/train_VAR_d16.sh", "--code_cache", "x y", PYTHON=str(spy), NPROC="1")
+    assert parse(TrainConfig, calls_of(spy)[-1][1:]).speed.code_cache == "x y"
+
+
+def test_flowar_b_is_trained_by_its_recipe(spy):
+    run("bash", "scripts/train_FlowAR_B.sh", "--data_path", "x y", "--ep=50", PYTHON=str(spy), NPROC="1")
+    config = parse(TrainConfig, calls_of(spy)[-1][1:])
+    model, optim = config.model, config.optim
+    assert (model.depth, model.width, model.flow_depth, model.flow_width, model.flow_cross) == FLOWAR["B"]
+    assert model.scales.sides == (1, 2, 4, 8, 16)
+    assert (optim.ep, optim.bs, optim.lr, optim.lr_decay, optim.twd, optim.tclip) == (50, 2048, 4e-4, "cosine", 0.02, 3)
+    assert (optim.wp, optim.lr * optim.wpe, optim.ema) == (0.25, 1e-5, 0.9999)
+    assert config.data.augment == "flowar"
+
+
+@pytest.mark.parametrize("size", FLOWAR)
+def test_flowar_is_judged_with_its_published_settings(size, spy):
+    run("bash", f"scripts/eval_FlowAR_{size}.sh", "--num_samples=2", PYTHON=str(spy), NPROC="1")
+    config = parse(EvalConfig, calls_of(spy)[-1][1:])
+    assert (config.cfg, config.flow_steps, config.guidance_interval) == FLOWAR_SETTINGS[size]
+    assert config.vae_ckpt == "pretrained/kl16.ckpt"
+    assert size == "B" or config.ckpt == f"pretrained/FlowAR-{size}.pth"
+    config.check_model("FlowAR", FlowAR.reads)  # nothing of the protocol is in its way
 
 
 def test_tokenizer_scripts_are_what_they_say(spy):
@@ -185,6 +218,64 @@ def test_full_size_files_in_the_released_format(tmp_path):
     ]
     run("bash", "scripts/train_SAR_d16.sh", *files, *more, PYTHON=sys.executable, OMP_NUM_THREADS="2")
     assert newest_checkpoint(tmp_path / "run").name == "step_0000002"
+
+
+def judged(script: str, out, *more) -> dict:
+    """Runs an evaluation script offline, for a few images."""
+    few = ["--num_samples=1", "--num_classes_eval=4", "--features=efficientnet_lite0", f"--out_dir={out}"]
+    run("bash", f"scripts/{script}", *few, *more, PYTHON=sys.executable, OMP_NUM_THREADS="2", NPROC="1")
+    return read_json(out / "report.json")
+
+
+@pytest.mark.slow
+def test_full_size_var_in_the_released_format(tmp_path):
+    """Two SAR steps on VAR-d16 and four images, on a CPU, with files made by the recipe; some minutes."""
+    import torch
+
+    from models.residual_vqvae import ResidualVQVAE
+    from models.var import VAR
+    from tests import recipes
+
+    images(tmp_path)
+    vae, model = recipes.fill(ResidualVQVAE(), 1, recipes.var_value), recipes.fill(VAR(), 2, recipes.var_value)
+    torch.save(vae.state_dict(), tmp_path / "vae_ch160v4096z32.pth")
+    torch.save({**model.state_dict(), "attn_bias_for_masking": torch.zeros(1, 1, 680, 680)}, tmp_path / "var_d16.pth")
+    del vae, model
+    files = [f"--vae_ckpt={tmp_path / 'vae_ch160v4096z32.pth'}"]
+    more = [f"--init_ckpt={tmp_path / 'var_d16.pth'}", f"--data_path={tmp_path}", f"--out_dir={tmp_path / 'run'}"]
+    more += ["--bs=2", "--max_steps=2", "--vis_num_samples=0", "--logger_type=none"]
+    run("bash", "scripts/train_SAR_VAR_d16.sh", *files, *more, PYTHON=sys.executable, OMP_NUM_THREADS="2", NPROC="1")
+    assert newest_checkpoint(tmp_path / "run").name == "step_0000002"
+    report = judged("eval_VAR_d16.sh", tmp_path / "e", *files, "--ckpt", tmp_path / "var_d16.pth")
+    assert report["settings"]["scales"] == [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
+    assert (report["settings"]["cfg"], report["settings"]["top_p"]) == (1.5, 0.96)
+
+
+@pytest.mark.slow
+def test_full_size_flowar_in_the_released_format(tmp_path):
+    """Two steps of FlowAR-B from images, two from the cache, and four images of FlowAR-S, on a CPU; some minutes."""
+    import torch
+
+    from models.flowar import FlowAR, FlowARConfig
+    from models.kl_vae import KLAutoencoder
+    from tests import recipes
+
+    images(tmp_path)
+    vae = recipes.fill(KLAutoencoder(), 1, recipes.flowar_value)
+    torch.save({"model": vae.state_dict()}, tmp_path / "kl16.ckpt")
+    model = recipes.fill(FlowAR(FlowARConfig(6, 768)), 2, recipes.flowar_value)
+    torch.save({k: t for k, t in model.state_dict().items() if k != "layout"}, tmp_path / "FlowAR-S.pth")
+    del vae, model
+    files, data = [f"--vae_ckpt={tmp_path / 'kl16.ckpt'}"], f"--data_path={tmp_path}"
+    env = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "2", "NPROC": "1"}
+    codes = [*files, data, "--augment=flowar", f"--out={tmp_path / 'codes'}", "--image_size=256", "--crops=2"]
+    run("bash", "scripts/cache_codes.sh", *codes, "--pn=1_2_4_8_16", "--workers=0", **env)
+    for name, of in {"images": data, "cache": f"--code_cache={tmp_path / 'codes'}"}.items():
+        more = [*files, of, f"--out_dir={tmp_path / name}", "--bs=2", "--max_steps=2", "--vis_num_samples=0"]
+        run("bash", "scripts/train_FlowAR_B.sh", *more, "--logger_type=none", **env)
+        assert newest_checkpoint(tmp_path / name).name == "step_0000002"
+    report = judged("eval_FlowAR_S.sh", tmp_path / "e", *files, "--ckpt", tmp_path / "FlowAR-S.pth")
+    assert (report["settings"]["cfg"], report["settings"]["flow_steps"]) == (4.3, 25)
 
 
 @pytest.mark.parametrize(
