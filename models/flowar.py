@@ -59,7 +59,7 @@ class FlowARConfig(FlexVARConfig):
     codebook_size: int = 0
     codebook_dim: int = 16  # width of a token
     sides: tuple[int, ...] = RELEASED_SIDES
-    heads_: int = 0  # 0: of size 64
+    attention_heads: int = 0  # 0: of size 64
     flow_depth: int = 2
     flow_width: int = 1024
     flow_cross: bool = False
@@ -90,14 +90,19 @@ class FlowARConfig(FlexVARConfig):
         object.__setattr__(self, "width", self.width or 64 * self.depth)
         object.__setattr__(self, "drop_path", 0.0)
         object.__setattr__(self, "codebook_size", 0)
-        object.__setattr__(self, "heads_", self.heads_ or max(1, self.width // 64))
+        object.__setattr__(self, "attention_heads", self.attention_heads or max(1, self.width // 64))
         object.__setattr__(self, "sides", ScaleSchedule(tuple(self.sides)).sides)
-        if self.depth < 1 or self.width % self.heads_ or self.width // self.heads_ % 4 or self.flow_width % 64:
+        if (
+            self.depth < 1
+            or self.width % self.attention_heads
+            or self.width // self.attention_heads % 4
+            or self.flow_width % 64
+        ):
             raise ValueError(f"no such sizes: depth {self.depth}, width {self.width}, head of width {self.flow_width}")
 
     @property
     def heads(self) -> int:
-        return self.heads_
+        return self.attention_heads
 
     @property
     def only_schedule(self) -> ScaleSchedule:
@@ -110,7 +115,7 @@ class FlowARConfig(FlexVARConfig):
     def from_flags(cls, flags: Any, **sizes: Any) -> FlowARConfig:
         own = {name: getattr(flags, name) for name in ("flow_depth", "flow_width", "flow_cross", "dropout")}
         sizes = {name: value for name, value in sizes.items() if name not in ("aln", "alng")}
-        return cls(**sizes, **own, heads_=flags.heads, sides=flags.scales.sides)
+        return cls(**sizes, **own, attention_heads=flags.heads, sides=flags.scales.sides)
 
     @classmethod
     def tokenizer_options(cls, flags: Any) -> dict[str, float]:
@@ -149,7 +154,7 @@ class FlowARConfig(FlexVARConfig):
         return {
             "depth": depth,
             "width": width,
-            "heads_": heads,
+            "attention_heads": heads,
             "sides": tuple(sides),
             "num_classes": weights["class_emb.weight"].shape[0] - 1,
             "codebook_dim": dim,

@@ -290,7 +290,7 @@ def kl_of(config: dict, patch: int) -> KLAutoencoder:
 
 def flowar_of(config: dict, scales: list[int], dim: int) -> FlowAR:
     """A FlowAR by the recipe."""
-    names = {"depth": "depth", "width": "width", "heads_": "heads", "flow_depth": "head_depth"}
+    names = {"depth": "depth", "width": "width", "attention_heads": "heads", "flow_depth": "head_depth"}
     names |= {"flow_width": "head_width", "flow_cross": "cross"}
     sizes = {own: config[name] for own, name in names.items()}
     return fill(FlowARConfig(**sizes, codebook_dim=dim, sides=tuple(scales)).build(), config["seed"], flowar_value)  # type: ignore[return-value]

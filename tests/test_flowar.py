@@ -69,10 +69,10 @@ def test_full_size_keys_shapes_and_sizes_are_those_of_the_released_files(name):
 
 
 def test_files_released_and_our_own_say_what_they_are(tmp_path):
-    own = flowar(heads_=2, width=128)
+    own = flowar(attention_heads=2, width=128)
     save_weights(own, tmp_path / "own.safetensors")
     assert replace(load_flexvar(tmp_path / "own.safetensors").config, dropout=0.0) == own.config
-    released = flowar(width=96, heads_=4, sides=(1, 2, 4, 8, 16), flow_width=128)
+    released = flowar(width=96, attention_heads=4, sides=(1, 2, 4, 8, 16), flow_width=128)
     weights = {k: torch.nn.Parameter(t) for k, t in released.state_dict().items() if k != "layout"}
     weights |= {"mask": torch.zeros(1, 1, 341, 341), "encoder_blocks.0.attn.rope.freqs": torch.zeros(6)}
     torch.save(weights, tmp_path / "FlowAR.pth")
