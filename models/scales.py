@@ -46,6 +46,13 @@ class ScaleSchedule:
             raise ValueError(f"the first side {side} is none of the scales {self.sides}")
         return ScaleSchedule(tuple(s for s in self.sides if s >= side))
 
+    def required(self, model: str, asked: ScaleSchedule) -> ScaleSchedule:
+        """This schedule, of a model that knows no other one. Raises ValueError when another one is asked for."""
+        if asked != self:
+            own, other = ("_".join(map(str, s.sides)) for s in (self, asked))
+            raise ValueError(f"this {model} knows the scales {own} and no others, such as {other}")
+        return self
+
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         return tuple(s * s for s in self.sides)

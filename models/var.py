@@ -115,10 +115,7 @@ class VAR(FlexVAR):
 
     def trim(self, schedule: ScaleSchedule) -> ScaleSchedule:
         """The schedule itself. Raises ValueError when it is not the one that the weights belong to."""
-        if schedule != self.schedule:
-            named = ["_".join(map(str, s.sides)) for s in (self.schedule, schedule)]
-            raise ValueError(f"this VAR knows the scales {named[0]} and no others, such as {named[1]}")
-        return schedule
+        return self.schedule.required("VAR", schedule)
 
     def inputs(
         self, tokens: Tensor, pathway: Pathway, schedule: ScaleSchedule, truth: Tensor | None = None, first: int = 1
