@@ -35,7 +35,8 @@ def write_cache(directory: Path, images: int, shard: int = 512, crops: int = 10)
     labels = digest(directory / "train" / LABELS)
     part = {"images": images, "crops": crops, "shard_images": shard, "labels_sha256": labels, "shards": shards}
     record = {"dataset": "folder", "augment": "crop", "seed": 0, "images_sha256": {"train": ""}}
-    manifest = {**record, "version": VERSION, "classes": [], "sides": list(range(1, 17)), "splits": {"train": part}}
+    layout = {"supervision": "latent", "sides": list(range(1, 17))}
+    manifest = {**record, **layout, "version": VERSION, "classes": [], "splits": {"train": part}}
     write_sealed(directory / MANIFEST, manifest)
     return CodeCache(directory, "train")
 

@@ -95,7 +95,7 @@ MODELS = {
         [f"--pn={SIDES}"],
         ["--lr=3e-3"],
         ["--training_mode=csfl", "--rollout=sample", "--rollout_steps=4"],
-        steps=2000,
+        steps=1600,
         cfg=2.0,
     ),
 }
@@ -257,7 +257,7 @@ def write_report(report: dict, out: Path) -> None:
     """report.json and report.md."""
     write_json(out / "report.json", report)
     chosen, more = MODELS[report["model"]], report["steps"]["sar"]
-    kind, loss = chosen.title, "flow loss" if chosen.title == "FlowAR" else "cross-entropy in nats per token"
+    kind, trained = chosen.title, "flow loss" if chosen.title == "FlowAR" else "cross-entropy in nats per token"
     lines = ["# Quickstart on digits", "", conclusion(report, kind)]
     lines += ["", "| | class accuracy | Fréchet distance |", "|---|---|---|"]
     for name in ROWS:
@@ -275,7 +275,7 @@ def write_report(report: dict, out: Path) -> None:
         "classifier's 64 features, against the training digits. It is not FID, and compares only within this table. "
         f"{10 * PER_CLASS} samples a model, equal seeds, ramp guidance {chosen.cfg}, no top-k, no top-p. "
         "The tokenizer's loss is its mean squared error at the finest scale; the others' is the teacher-forced "
-        f"{loss}. "
+        f"{trained}. "
         "On held-out digits it is lower than in training because training is the harder task: digits are shifted and "
         "turned, the class is dropped for one in ten, blocks at random.",
         "",

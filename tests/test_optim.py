@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
 
 from models.generators import config_of
 from utils.config.training import OptimConfig
 from utils.runtime.numerics import Precision, derive_seed
-from utils.training.optim import learning_rate, make_optimizer
+from utils.training.optim import learning_rate, make_optimizer, set_rates, weight_decay
 
 
 @pytest.mark.parametrize("first", [{}, {"first_side": 2}])
@@ -54,3 +56,21 @@ def test_precision():
 def test_seeds_differ_in_every_part_of_their_key():
     keys = [("step", seed, step, micro) for seed in range(3) for step in range(30) for micro in range(5)]
     assert len({derive_seed(*key) for key in keys}) == len(keys)
+
+
+def test_weight_decay_moves_along_a_cosine_of_matrices_alone():
+    config = OptimConfig(twd=0.05, twde=0.08)
+    found = [weight_decay(step, 101, config) for step in (0, 25, 50, 100)]
+    assert found == pytest.approx([0.05, 0.05 + 0.03 * (1 - math.cos(math.pi / 4)) / 2, 0.065, 0.08])
+    optimizer = make_optimizer([torch.nn.Linear(3, 2)], config)
+    set_rates(optimizer, 100, 101, config)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.08, 0.0]
+
+
+def test_a_cosine_falls_at_once_after_the_warm_up():
+    config = OptimConfig(lr=4e-4, wp=0.25, wpe=0.025, lr_decay="cosine")
+    rates = [learning_rate(step, 401, config) for step in (0, 50, 101, 250, 400)]
+    assert rates[:2] == pytest.approx([2e-6, 4e-4 * (0.005 + 0.995 * 50 / 100.25)])
+    assert rates[3] == pytest.approx(1e-5 + (4e-4 - 1e-5) * 0.5 * (1 + math.cos(math.pi * 149.75 / 299.75)))
+    assert rates[4] == pytest.approx(1e-5)
+    assert rates[2] < 4e-4

@@ -22,6 +22,7 @@ from utils.config.training import DataConfig
 from utils.data.datasets import ImageDataset, encode_batch, open_dataset, plain_batches, plain_images
 from utils.runtime.numerics import derive_seed
 
+GREEDY = SimpleNamespace(rollout="argmax", sf_top_p=0.0)
 BATCH = 8  # images at a time: of the largest models, a few GB
 
 
@@ -91,7 +92,10 @@ class ValidationSet:
         with evaluating(model):
             for labels, tokens, truth in self.batches(fed, self.tokens[:, span]):
                 inputs = model.inputs(tokens, pathway, self.schedule)
-                shape, greedy = (len(labels), part.total - part.offsets[first]), SimpleNamespace(rollout="argmax")
+                shape, greedy = (
+                    (len(labels), part.total - part.offsets[first]),
+                    SimpleNamespace(rollout="argmax", sf_top_p=0.0),
+                )
                 sampler = model.head.sampler(greedy, 0, shape[1], shape, labels.device) if sample else None
                 yield model(labels, inputs, part, truth, first, sampler)
 

@@ -58,9 +58,7 @@ def learning_rate(step: int, total: int, config: OptimConfig) -> float:
 
 
 def weight_decay(step: int, total: int, config: OptimConfig) -> float:
-    """Weight decay of matrices: from `twd` along a cosine to `twde`, where that is given."""
-    if config.twde < 0:
-        return config.twd
+    """Weight decay of matrices: from `twd` along a cosine to `twde`."""
     progress = step / max(total - 1, 1)
     return config.twde + (config.twd - config.twde) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -69,7 +67,8 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, total: int, config: O
     """Give the optimiser the learning rate and weight decay of a step."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, total, config)
-    optimizer.param_groups[0]["weight_decay"] = weight_decay(step, total, config)  # the matrices: see `make_optimizer`
+    if config.twde >= 0:  # the first group are the matrices: see `make_optimizer`
+        optimizer.param_groups[0]["weight_decay"] = weight_decay(step, total, config)
 
 
 class MovingAverage:
