@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models import VQVAE, FlexVAR, FlexVARConfig, ScaleSchedule, VQVAEConfig
+from models.kl_vae import KLConfig
 from models.pipeline import SARPipeline
+from models.residual_vqvae import ResidualVQVAEConfig
 from models.weights import save_weights
 from tests import recipes
 from utils.config.training import TrainConfig
@@ -74,6 +76,24 @@ def small_vae_file(tmp_path_factory) -> Path:
     config = VQVAEConfig(32, (1, 1, 1), res_blocks=1, z_channels=32, codebook_size=32, codebook_dim=8)
     path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
     save_weights(VQVAE(config), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_residual_file(tmp_path_factory) -> Path:
+    """A residual tokenizer by the recipe: 16×16 pixels ↔ 4×4 latents, 32 codes."""
+    config = ResidualVQVAEConfig(32, (1, 1, 1), 1, z_channels=8, codebook_size=32, codebook_dim=8, counted_scales=3)
+    path = tmp_path_factory.mktemp("vae") / "residual.safetensors"
+    save_weights(recipes.fill(config.build(), 5, recipes.var_value), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_kl_file(tmp_path_factory) -> Path:
+    """A KL autoencoder by the recipe: 16×16 pixels ↔ 4×4 latents of 4 channels."""
+    config = KLConfig(32, (1, 1, 1), 1, z_channels=4, encoder_attention=(2,))
+    path = tmp_path_factory.mktemp("vae") / "kl.safetensors"
+    save_weights(recipes.fill(config.build(), 5, recipes.flowar_value), path)
     return path
 
 

@@ -18,7 +18,6 @@ from models.weights import load_flexvar, save_weights
 from sar_trainer import SARTrainer
 from tests import recipes
 from tests.conftest import ALONE, config_of, manifest, tool, worst
-from tests.test_every_generator import small_kl_file  # noqa: F401  a fixture
 from train import build, main
 from utils.data.datasets import CodeBatch, open_dataset
 from utils.runtime.files import read_json
@@ -85,7 +84,7 @@ def test_files_released_and_our_own_say_what_they_are(tmp_path):
         load_flexvar(tmp_path / "FlowAR.pth")
 
 
-def test_another_schedule_and_tokenizers_without_scaling_are_refused(vae, flags, small_kl_file):  # noqa: F811
+def test_another_schedule_and_tokenizers_without_scaling_are_refused(vae, flags, small_kl_file):
     with pytest.raises(ValueError, match="knows the scales 1_2_4 and no others, such as 1_4"):
         generate(flowar(), vae, torch.tensor([1]), ScaleSchedule((1, 4)), SamplingConfig(), [0])
     status, _, said = tool(main, *flags, "--model=flowar", f"--vae_ckpt={small_kl_file}", "--csf_weight=0")
@@ -305,7 +304,7 @@ def test_half_precision_stays_near_and_its_path_in_full(model, vae, batch):
 
 
 @pytest.fixture(scope="module")
-def run_of_flowar(small_kl_file, tmp_path_factory):  # noqa: F811
+def run_of_flowar(small_kl_file, tmp_path_factory):
     path = tmp_path_factory.mktemp("flowar") / "run"
     flags = [
         *("--dataset=digits", "--workers=0", f"--vae_ckpt={small_kl_file}", "--latent_scaling=0.8", "--model=flowar"),

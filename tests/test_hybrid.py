@@ -14,7 +14,7 @@ from models.pipeline import SARPipeline, open_pipeline
 from models.sampling import SamplingConfig, sample_codes
 from models.scales import UpsamplingPathway
 from models.weights import load_flexvar, load_strictly, read_state_dict, save_weights
-from tests.conftest import ALONE, config_of, fill, tool, torchrun
+from tests.conftest import ALONE, config_of, fill, tool
 from tests.test_trainer import assert_same, lines_of, weights_of
 from train import build
 from utils.config.training import DataConfig
@@ -254,13 +254,6 @@ def test_a_run_resumes_and_is_evaluated_at_its_first_side(flags, real, tmp_path)
     report = read_json(tmp_path / "judged/report.json")
     assert report["settings"]["evaluated_side"] == 2
     assert report["frechet_distance_efficientnet_lite0"] > 0
-
-
-def test_two_ranks_train_as_one(flags, tmp_path):
-    more = [*flags, "--model=hybrid", "--first_side=2", "--micro_batch=4", "--sf_top_k=0", "--logger_type=none"]
-    torchrun(2, "train.py", *more, f"--out_dir={tmp_path / 'two'}")
-    build(config_of([*more, f"--out_dir={tmp_path / 'one'}"]), ALONE).fit()
-    assert_same(weights_of(tmp_path / "two"), weights_of(tmp_path / "one"), 2e-5)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from models.scales import ScaleSchedule
 from models.weights import load_tokenizer
 from tests import recipes
 from tests.conftest import manifest, tool
-from tests.test_every_generator import small_kl_file  # noqa: F401  a fixture
 from utils.config.training import DataConfig
 from utils.data.datasets import open_dataset, plain_batches
 from utils.tokenizer import scaling
@@ -200,7 +199,7 @@ def test_equivariance_turns_and_resizes_latent_and_image_alike():
     assert seen["plain"] >= 25
 
 
-def test_measured_scaling_is_one_over_the_deviation_of_drawn_latents(small_kl_file):  # noqa: F811
+def test_measured_scaling_is_one_over_the_deviation_of_drawn_latents(small_kl_file):
     status, out, err = tool(
         scaling.main, "--vae_ckpt", small_kl_file, "--dataset=digits", "--workers=0", "--image_size=16", "--images=200"
     )
@@ -212,7 +211,7 @@ def test_measured_scaling_is_one_over_the_deviation_of_drawn_latents(small_kl_fi
     assert float(out.split()[-1]) == pytest.approx(1 / drawn.std().item(), rel=0.02)
 
 
-def test_an_unknown_scaling_is_asked_for(small_kl_file):  # noqa: F811
+def test_an_unknown_scaling_is_asked_for(small_kl_file):
     vae = load_tokenizer(small_kl_file)
     with pytest.raises(ValueError, match=r"by python -m utils\.tokenizer\.scaling, and give it by --latent_scaling"):
         vae.tokenize(torch.zeros(1, 3, 16, 16), (4,))

@@ -21,7 +21,6 @@ from sar_trainer import SARTrainer
 from student_forcing import STUDENT_FORCING
 from tests import recipes
 from tests.conftest import ALONE, ROOT, config_of, manifest, tool, worst
-from tests.test_every_generator import small_residual_file  # noqa: F401  a fixture
 from train import build, main
 from utils.config.training import DataConfig
 from utils.data.datasets import CodeBatch, open_dataset
@@ -343,7 +342,7 @@ def test_label_smoothing_is_torchs_own_and_rests_in_evaluation(make, model, batc
             assert worst(a, b) < 1e-4
 
 
-def test_exposure_is_measured_with_one_own_residual(small_residual_file, flags, tmp_path):  # noqa: F811
+def test_exposure_is_measured_with_one_own_residual(small_residual_file, flags, tmp_path):
     """After one own step the canvas holds true residuals but for the last: Eq. 6 in its one-step reading."""
     more = [*flags, f"--vae_ckpt={small_residual_file}", "--model=var", "--training_mode=teacher_forcing"]
     build(config_of(more), ALONE).fit()
@@ -365,7 +364,7 @@ def test_exposure_is_measured_with_one_own_residual(small_residual_file, flags, 
 
 
 @pytest.fixture(scope="module")
-def run_of_var(small_residual_file, tmp_path_factory):  # noqa: F811
+def run_of_var(small_residual_file, tmp_path_factory):
     """A VAR that was trained for a few steps on digits, with its tokenizer."""
     path = tmp_path_factory.mktemp("var") / "run"
     build(
@@ -396,7 +395,7 @@ def test_the_papers_figures_can_be_drawn_of_it(name, run_of_var, tmp_path):
     assert "--supervision latent" in said
 
 
-def test_its_tokenizer_is_judged_by_what_each_scale_adds(small_residual_file, real, tmp_path):  # noqa: F811
+def test_its_tokenizer_is_judged_by_what_each_scale_adds(small_residual_file, real, tmp_path):
     command = ["--reconstruct", real, "--image_size=16", "--features=efficientnet_lite0", "--pn=1_2_4"]
     tool(evaluate, *command, "--vae_ckpt", small_residual_file, "--out_dir", tmp_path / "r", check=True)
     rows = read_json(tmp_path / "r/report.json")["sides"]
