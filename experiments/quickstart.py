@@ -95,7 +95,7 @@ MODELS = {
         [f"--pn={SIDES}"],
         ["--lr=3e-3"],
         ["--training_mode=csfl", "--rollout=sample", "--rollout_steps=4"],
-        steps=1600,
+        steps=2000,
         cfg=2.0,
     ),
 }
