@@ -19,18 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.flexvar import DecodingState, FlexVARConfig
-from models.flow_head import (
-    FlowHead,
-    FlowPrediction,
-    FlowSampler,
-    FlowTarget,
-    GatedFFN,
-    RMSNorm,
-    RotarySelfAttention,
-    euler_times,
-    rms_norm,
-    rotations,
-)
+from models.flow_head import FlowHead, FlowPrediction, FlowSampler, FlowTarget, euler_times
+from models.flow_layers import GatedFFN, RMSNorm, RotarySelfAttention, rms_norm, rotations
 from models.layers import AdaLinear, Attend, CachedAttention, ScaleCausalAttention
 from models.sampling import SamplingConfig
 from models.scales import Pathway, ScaleSchedule

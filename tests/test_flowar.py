@@ -10,7 +10,8 @@ from evaluate import main as evaluate
 from experiments.figures import main as figures
 from models import Guidance, SamplingConfig, ScaleSchedule, generate
 from models.editing import inpaint
-from models.flow_head import FlowSampler, FlowTarget, TimeEmbedding, euler_times, rotate, rotations
+from models.flow_head import FlowSampler, FlowTarget, euler_times
+from models.flow_layers import TimeEmbedding, rotate, rotations
 from models.flowar import FlowAR, FlowARConfig
 from models.kl_vae import KLAutoencoder, KLConfig
 from models.sampling import sample_codes

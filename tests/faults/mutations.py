@@ -169,7 +169,7 @@ MUTATIONS = [
     ),
     Mutation(
         "times truncated in single precision",
-        "models/flow_head.py",
+        "models/flow_layers.py",
         "whole = (t.float() * 1000).long().float()",
         "whole = (t.double() * 1000).long().float()",
         "tests/test_flowar.py::test_times_are_truncated_in_single_precision",
