@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.autoencoder import Decoder, Encoder, levels_with_attention, network_sizes
 from models.scales import ScaleSchedule
-from models.tokenizer import KnownCodes, Quantised, Tokenizer, exact_convolutions
+from models.tokenizer import KnownCodes, Quantised, Tokenizer, area, exact_convolutions
 from models.vqvae import AttnBlock, VQVAEConfig
 
 # What 1/std of the latents of published files is, by (channels, levels, attention in the decoder's levels).
@@ -39,7 +39,6 @@ class KLConfig(VQVAEConfig):
 
     pathway = "latent"
     tied_to_schedule = True  # as a cache is
-    released = "pretrained/kl16.ckpt"
     unread = ("codebook_size", "codebook_dim", "sides_per_step", "entropy", "commitment", "usage_every", "revive")
 
     def __post_init__(self):
@@ -173,7 +172,7 @@ class KLAutoencoder(Tokenizer):
         """
         drawn = {s: self.latents(m, v, noise_like(m) if sample else None) for s, (m, v) in moments.items()}
         finest, patch = drawn[max(drawn)], self.config.patch
-        return {s: to_tokens(drawn.get(s, resized(finest, s * patch)), patch) for s in sides}
+        return {s: to_tokens(drawn[s] if s in drawn else area(finest, s * patch), patch) for s in sides}
 
     def to_cache(self, images: Tensor, sides: ScaleSchedule, supervision: str) -> Tensor:
         """Means and log-variances (B, n) in fp16, of the finest side or of each: noise is fresh in every step."""
@@ -191,17 +190,10 @@ class KLAutoencoder(Tokenizer):
             moments[s] = part.unflatten(1, (2, z, patch * s, patch * s)).unbind(1)
         return self.from_moments(moments, schedule.sides)  # type: ignore[arg-type]
 
-    def cached_sides(self, size: int, schedule: ScaleSchedule) -> ScaleSchedule:
-        """The schedule: images resized to its sides have moments of their own."""
-        if schedule.sides[-1] * self.config.factor != size:
-            raise ValueError(f"the scales {schedule.sides} are of {schedule.sides[-1] * self.config.factor} pixels")
-        return schedule
-
-    def known(self, images: Tensor, schedule: ScaleSchedule, supervision: str) -> KnownCodes:
+    def known_of_images(self, images: Tensor, schedule: ScaleSchedule, supervision: str) -> KnownCodes:
         """Means of the latents."""
-        with torch.no_grad():
-            moments = self.moments_of(images, schedule.sides, supervision)
-            return KnownCodes(self.from_moments(moments, schedule.sides, sample=False))
+        moments = self.moments_of(images, schedule.sides, supervision)
+        return KnownCodes(self.from_moments(moments, schedule.sides, sample=False))
 
     @torch.no_grad()
     def inputs_in_pixels(self, images: Tensor, schedule: ScaleSchedule) -> Tensor:
@@ -227,8 +219,6 @@ class KLAutoencoder(Tokenizer):
     def pixels(self, s: int, schedule: ScaleSchedule) -> int:
         return s * self.config.factor
 
-    equivariant: bool = False  # in training: latents resized and turned must decode to the image treated alike (EQ-VAE)
-
     def quantise(self, images: Tensor, sides: Sequence[int]) -> Quantised:
         """The image of a drawn latent; the KL divergence of the posterior stands where VQ has its commitment."""
         down, luck = self.config.down_sampling, float(torch.rand(())) if self.equivariant else 1.0
@@ -248,11 +238,6 @@ class KLAutoencoder(Tokenizer):
 def noise_like(x: Tensor) -> Tensor:
     """Normal numbers of x's shape, in the order of its indices: randn_like's depend on how x lies in memory."""
     return torch.randn(x.shape, device=x.device)
-
-
-def resized(maps: Tensor, s: int) -> Tensor:
-    """Maps (B, C, h, w) → (B, C, s, s), by area."""
-    return maps if maps.shape[-1] == s else F.interpolate(maps, size=(s, s), mode="area")
 
 
 def turned(maps: Tensor, s: int, quarters: int) -> Tensor:
@@ -288,7 +273,7 @@ class LatentPathway:
         maps = self.maps(tokens.float(), schedule.sides[i])
         if maps.shape[-1] != full:
             maps = F.interpolate(maps, size=(full, full), mode="bicubic", align_corners=False)
-        return to_tokens(resized(maps, after), self.patch)
+        return to_tokens(area(maps, after), self.patch)
 
     def inputs(self, tokens: Tensor, schedule: ScaleSchedule, truth: Tensor | None = None, first: int = 1) -> Tensor:
         """Tokens of all scales (B, L, D), true or sampled → inputs (B, n, D) of the scales from number `first` on."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.head import kept_weights
 from models.sampling import SamplingConfig, Soften
 from models.scales import ScaleSchedule
-from models.tokenizer import KnownCodes, exact_convolutions, nearest_rows
+from models.tokenizer import KnownCodes, area, exact_convolutions, nearest_rows
 from utils.runtime.numerics import derive_seed
 
 PHIS = 4  # convolutions that all scales share
@@ -189,11 +189,6 @@ def soft_embeddings(logits: Tensor, codebook_VD: Tensor, progress: float, gumbel
     """
     tau = max(0.27 * (1 - 0.95 * progress), 0.005)
     return ((logits * (1 + progress) + gumbel) / tau).softmax(-1) @ codebook_VD
-
-
-def area(maps: Tensor, s: int) -> Tensor:
-    """Maps (B, D, S, S) → (B, D, s, s), by area."""
-    return maps if maps.shape[-1] == s else F.interpolate(maps, size=(s, s), mode="area")
 
 
 def as_vectors(maps: Tensor) -> Tensor:

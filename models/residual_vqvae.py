@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.autoencoder import Decoder, Encoder, network_sizes
-from models.residual_pathway import PHIS, KnownResiduals, ResidualPathway, ResidualQuantizer, area, as_vectors
+from models.residual_pathway import PHIS, KnownResiduals, ResidualPathway, ResidualQuantizer, as_vectors
 from models.scales import ScaleSchedule
-from models.tokenizer import Quantised, Tokenizer
+from models.tokenizer import Quantised, Tokenizer, area
 from models.vqvae import VQVAEConfig, count, norm
 
 
@@ -31,7 +31,6 @@ class ResidualVQVAEConfig(VQVAEConfig):
     counted_scales: int = 10  # rows of a buffer of released files, of usage statistics, that nothing reads
 
     pathway = "residual"
-    released = "pretrained/vae_ch160v4096z32.pth"
     tied_to_schedule = True
     unread = ("z_channels", "sides_per_step", "entropy", "kl", "equivariant")
 
@@ -103,20 +102,14 @@ class ResidualVQVAE(Tokenizer):
     def pathway(self) -> ResidualPathway:
         return ResidualPathway(self.quantize)
 
-    def cached_sides(self, size: int, schedule: ScaleSchedule) -> ScaleSchedule:
-        """The schedule itself: its codes say nothing about another one."""
-        if schedule.sides[-1] * self.config.factor != size:
-            raise ValueError(f"the scales {schedule.sides} are of {schedule.sides[-1] * self.config.factor} pixels")
-        return schedule
-
     def codes_of_images(self, images: Tensor, sides: Sequence[int], supervision: str) -> dict[int, Tensor]:
-        known, codes = self.known(images, ScaleSchedule(tuple(sides)), supervision), {}
+        known, codes = self.known_of_images(images, ScaleSchedule(tuple(sides)), supervision), {}
         for s in sides:
             codes[s] = known.at(s)
             known.add(s, codes[s])
         return codes
 
-    def known(self, images: Tensor, schedule: ScaleSchedule, supervision: str) -> KnownResiduals:
+    def known_of_images(self, images: Tensor, schedule: ScaleSchedule, supervision: str) -> KnownResiduals:
         """Codes of images that make up for whatever the coarser scales were given."""
         if supervision != "latent":
             raise ValueError("codes of a residual tokenizer come from the latent: --supervision latent")

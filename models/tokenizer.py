@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.scales import ScaleSchedule
@@ -33,7 +34,7 @@ class Quantised(NamedTuple):
 class Tokenizer(nn.Module):
     """Images in [-1, 1] ↔ codes of several sides: what training, sampling and evaluation ask of a tokenizer."""
 
-    equivariant: bool = False  # of a KL autoencoder in training
+    equivariant = False  # KL, in training: latents resized and turned must decode to the image treated alike (EQ-VAE)
     config: Any  # a `VQVAEConfig`, or a subclass
     encoder: nn.Module
     decoder: nn.Module
@@ -94,12 +95,25 @@ class Tokenizer(nn.Module):
         return {s: rows[:, sides.span(sides.sides.index(s))].long() for s in schedule.sides}
 
     def cached_sides(self, size: int, schedule: ScaleSchedule) -> ScaleSchedule:
-        """The sides that a code cache of images of `size` pixels holds: all, so that it has those of any schedule."""
+        """The sides that a code cache of images of `size` pixels holds.
+
+        All, so that it has those of any schedule; where what is cached depends on the schedule, those alone.
+        """
+        if self.config.tied_to_schedule:
+            if schedule.sides[-1] * self.config.factor != size:
+                raise ValueError(f"the scales {schedule.sides} are of {schedule.sides[-1] * self.config.factor} pixels")
+            return schedule
         return ScaleSchedule(tuple(range(1, size // self.config.factor + 1)))
 
+    @torch.no_grad()
     def known(self, images: Tensor, schedule: ScaleSchedule, supervision: str) -> KnownCodes:
-        """Codes of images to be held in painting."""
-        return KnownCodes(self.tokenize(images, schedule.sides, supervision))
+        """Codes of images to be held in painting. In full fp32, as `tokenize`."""
+        with torch.autocast(images.device.type, enabled=False), exact_convolutions():
+            return self.known_of_images(images.float(), schedule, supervision)
+
+    def known_of_images(self, images: Tensor, schedule: ScaleSchedule, supervision: str) -> KnownCodes:
+        """`known`, within the precision it needs."""
+        return KnownCodes(self.codes_of_images(images, schedule.sides, supervision))
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] → latent (B, D, H / factor, W / factor)."""
@@ -142,6 +156,11 @@ def nearest_rows(z: Tensor, rows: Tensor) -> Tensor:
             distance = part.square().sum(1, keepdim=True) + squares
             found.append(torch.addmm(distance, part, rows.T, alpha=-2).argmin(dim=1))
         return torch.cat(found).view(z.shape[:-1])
+
+
+def area(maps: Tensor, s: int) -> Tensor:
+    """Maps (B, D, h, w) → (B, D, s, s), by area."""
+    return maps if maps.shape[-2:] == (s, s) else F.interpolate(maps, size=(s, s), mode="area")
 
 
 def exact_convolutions() -> AbstractContextManager:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.scales import ScaleSchedule, UpsamplingPathway, shift_up
-from models.tokenizer import Quantised, Tokenizer, nearest_rows
+from models.tokenizer import Quantised, Tokenizer, area, nearest_rows
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ class VQVAEConfig:
 
     # What the other files ask of a tokenizer: see `models/generators.py`.
     pathway: ClassVar[str] = "upsampling"  # what its codes feed: see `models/scales.py`
-    released: ClassVar[str] = "pretrained/FlexVAE.pth"
     tied_to_schedule: ClassVar[bool] = False  # True where codes of one schedule say nothing about another
     unread: ClassVar[tuple[str, ...]] = ("kl", "equivariant")  # flags of train_tokenizer.py that have no effect on it
 
@@ -264,9 +263,7 @@ class VQVAE(Tokenizer):
     @staticmethod
     def resize(latent: Tensor, s: int) -> Tensor:
         """Latent (B, D, h, w) → its L2-normalised vectors at side s (B, s², D), by area."""
-        if latent.shape[-2:] != (s, s):
-            latent = F.interpolate(latent, size=(s, s), mode="area")
-        return F.normalize(latent.flatten(2).transpose(1, 2), dim=-1)
+        return F.normalize(area(latent, s).flatten(2).transpose(1, 2), dim=-1)
 
     def codes(self, latent: Tensor, s: int) -> Tensor:
         """Latent (B, D, h, w) → codes of side s (B, s²) int64."""

@@ -15,7 +15,10 @@ from models.head import sample_tokens
 from models.hybrid import HybridVAR
 from models.pipeline import open_pipeline
 from models.sampling import image_uniforms, sample_codes
+from models.scales import ScaleSchedule
+from models.weights import load_tokenizer
 from sar_trainer import SARTrainer
+from tests import recipes
 from tests.conftest import ALONE, config_of, torchrun, worst
 from tests.test_trainer import assert_same, lines_of, weights_of
 from train import build
@@ -180,3 +183,13 @@ def test_cached_sampling_equals_the_parallel_pass(own, tmp_path):
 def test_activations_can_be_computed_again(own, tmp_path):
     runs = [alone(own, f"--out_dir={tmp_path / str(more)}", *more) for more in ([], ["--checkpoint_activations"])]
     assert_same(*(t.model.state_dict() for t in runs), 1e-6)
+
+
+@torch.no_grad()
+def test_painting_holds_the_same_codes_in_half_precision(files):
+    images, schedule = recipes.plain_images(3, 2, 16), ScaleSchedule((1, 2, 4))
+    for path in files.values():
+        vae = load_tokenizer(path, scaling=0.8)
+        wanted = vae.known(images, schedule, "latent").at(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(vae.known(images, schedule, "latent").at(1), wanted), path
