@@ -83,11 +83,11 @@ class SARTrainer(Trainer):
         guidance = self.model.guidance_weights(SamplingConfig(rollout_guidance(sar)), schedule.sides)[first:scales]
         if not any(guidance):
             return sampler
-        null, lengths = torch.full_like(labels, self.model.null_class), torch.tensor(part.lengths[first:])
+        null = torch.full_like(labels, self.model.null_class)
         with torch.no_grad(), self.precision.autocast(cache=False):
             features = self.model(null, inputs, part, first=first, features=True)
-        weights = torch.tensor(guidance).repeat_interleave(lengths).unsqueeze(-1).to(labels.device, non_blocking=True)
-        return sampler.guided(features, weights)
+        weights = [[w] for w, n in zip(guidance, part.lengths[first:], strict=True) for _ in range(n)]  # (n, 1)
+        return sampler.guided(features, torch.tensor(weights).to(labels.device, non_blocking=True))
 
     def measured(self, teacher: Prediction, student: Prediction, schedule: ScaleSchedule) -> Metrics:
         """Numbers to log of both passes."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from models.class_names import class_names
-from models.flexvar import FlexVAR
+from models.flexvar import FlexVAR, FlexVARConfig
 from models.generators import GENERATORS, recognise
 from models.run_record import find_run
 from models.scales import DEFAULT_SCHEDULE
@@ -23,17 +23,34 @@ from pretrained.download import offer
 from sar_trainer import SARTrainer
 from student_forcing import STUDENT_FORCING
 from trainer import Trainer
-from utils.config.training import TrainConfig
+from utils.config.training import ModelConfig, TrainConfig
 from utils.data.code_cache import open_cache, read_manifest
 from utils.data.datasets import Examples, check_dataset, open_splits
 from utils.runtime.checkpoint import last_invariants
 from utils.runtime.distributed import Ranks
 from utils.runtime.entry import entry, notice
 from utils.runtime.flags import changed, parse
-from utils.runtime.numerics import derive_seed
+from utils.runtime.numerics import Precision, derive_seed
+from utils.training.estimate import IMAGENET, estimate, lines_of
 from utils.training.loop import start
 
 TRAINERS = {"teacher_forcing": Trainer, "csfl": SARTrainer, **STUDENT_FORCING}
+
+
+def sized_model(wanted: ModelConfig, vae: Tokenizer, classes: int) -> FlexVARConfig:
+    """Sizes of the model that the flags name. Raises ValueError when it does not go with the tokenizer."""
+    sizes = {
+        "depth": wanted.depth,
+        "width": wanted.width,
+        "num_classes": classes,
+        "codebook_size": vae.config.codebook_size,
+        "codebook_dim": vae.config.codebook_dim,
+        "aln": wanted.aln,
+        "alng": wanted.alng,
+    }
+    sized = GENERATORS[wanted.model].from_flags(wanted, **sizes)
+    sized.check_tokenizer(vae.config, f"--model {wanted.model}", wanted.vae_ckpt)
+    return sized
 
 
 def build_model(config: TrainConfig, vae: Tokenizer, classes_of_data: list[str]) -> FlexVAR:
@@ -52,18 +69,7 @@ def build_model(config: TrainConfig, vae: Tokenizer, classes_of_data: list[str])
     if data_classes < classes:
         warnings.warn(f"the data's {data_classes} classes take the ids 0…{data_classes - 1} of {classes}", stacklevel=2)
     torch.manual_seed(derive_seed("init", config.run.seed))
-    sizes = {
-        "depth": wanted.depth,
-        "width": wanted.width,
-        "num_classes": classes,
-        "codebook_size": vae.config.codebook_size,
-        "codebook_dim": vae.config.codebook_dim,
-        "aln": wanted.aln,
-        "alng": wanted.alng,
-    }
-    sized = GENERATORS[wanted.model].from_flags(wanted, **sizes)
-    sized.check_tokenizer(vae.config, f"--model {wanted.model}", wanted.vae_ckpt)
-    model = sized.build()
+    model = sized_model(wanted, vae, classes).build()
     if reset:  # rows as they were drawn; the unconditional class, the last one, is known
         weights["class_emb.weight"] = torch.cat(
             [model.class_emb.weight[:-1], weights["class_emb.weight"][-1:]]
@@ -104,16 +110,40 @@ def with_sides(config: TrainConfig) -> TrainConfig:
 
 
 def check(config: TrainConfig) -> None:
-    """Checks that the files that the flags name are there; released weights that are not can be fetched."""
+    """Checks that the files that the flags name are there; released weights that are not can be fetched. Then prints an
+    estimate of what the run costs."""
     init = "" if last_invariants(config.run.directory) else config.model.init_ckpt
     for path in filter(None, (config.model.vae_ckpt, init)):
         offer(path)
         find_weights(path)
-    with_sides(config)
+    config = with_sides(config)
     if config.speed.code_cache:
-        read_manifest(Path(config.speed.code_cache))
+        images = read_manifest(Path(config.speed.code_cache))["splits"]["train"]["images"]
     else:
         check_dataset(config.data)
+        images = IMAGENET
+    print("\n".join(cost_of(config, images)))
+
+
+def cost_of(config: TrainConfig, images: int) -> list[str]:
+    """Lines on what a run costs in memory, time and disk, by arithmetic."""
+    wanted, optim, generator = config.model, config.optim, GENERATORS[config.model.model]
+    vae = load_tokenizer(wanted.vae_ckpt, **generator.tokenizer_options(wanted))
+    sized = sized_model(wanted, vae, wanted.num_classes or 1000)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = {"auto": "bf16"}.get(optim.precision, optim.precision)
+    cached, checkpointed = bool(config.speed.code_cache), config.speed.checkpoint_activations
+    found = estimate(
+        sized, vae, wanted.scales, config.sar, Precision(name, device).dtype, optim.ema > 0, cached, checkpointed
+    )
+    data = f"{images:,} images" + ("" if cached else ", as many as ImageNet has")
+    total = optim.steps * optim.bs if optim.steps else optim.ep * images
+    length = f"{optim.steps} steps" if optim.steps else f"{optim.ep:g} epochs of {data}"
+    what = (
+        f"{config.sar.training_mode} of a {wanted.model} of {found.parameters / 1e6:.0f} M parameters in {name}, "
+        f"{wanted.scales.total} tokens, {length}"
+    )
+    return lines_of(found, what, total, config.run.keep, optim.ema > 0)
 
 
 def build(config: TrainConfig, me: Ranks) -> Trainer:
@@ -121,7 +151,7 @@ def build(config: TrainConfig, me: Ranks) -> Trainer:
     config = with_sides(config)
     wanted, encode = config.model, None
     vae = load_tokenizer(wanted.vae_ckpt, **GENERATORS[wanted.model].tokenizer_options(wanted))
-    size = wanted.scales.sides[-1] * vae.config.factor
+    vae.tf32, size = config.speed.encode_tf32, wanted.scales.sides[-1] * vae.config.factor
     train_set: Examples
     val_set: Examples | None
     if config.speed.code_cache:

@@ -64,7 +64,7 @@ class Trainer(Loop):
         if self.config.speed.parallel == "ddp":
             return super().wrap_distributed()
         for model in filter(None, (self.model, self.ema_model)):
-            shard(model, model.shard_units(), methods=("init_cache", "decode_scale"))
+            shard(model, model.shard_units(), self.precision.dtype, methods=("init_cache", "decode_scale"))
         return None
 
     @cached_property

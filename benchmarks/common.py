@@ -39,8 +39,9 @@ class Timing:
 class Ruler:
     """Times calls against matrix products that run right before and after each: a shared machine's clock wanders."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        self.device, side = device, 8192 if device.type == "cuda" else 2048
+    def __init__(self, device: torch.device, dtype: torch.dtype, side: int = 0):
+        """`side` of the products; 0: 8192 on a GPU, else 2048."""
+        self.device, side = device, side or (8192 if device.type == "cuda" else 2048)
         self.a, self.b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         self.flops = 10 * 2 * side**3
         self.product()

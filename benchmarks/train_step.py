@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -21,9 +22,12 @@ from torch import Tensor
 
 import utils.training.loop as loop_module
 from benchmarks.common import ENCODE_FLOPS, Clock, Ruler, forward_flops, peak_memory, random_images, reset_peak, show
-from models import VQVAE, ScaleSchedule
+from models import ScaleSchedule, VQVAEConfig
 from models.head import Samples, guide, sample_tokens
+from models.kl_vae import KLConfig
 from models.pipeline import to_pil
+from models.residual_vqvae import ResidualVQVAEConfig
+from models.tokenizer import Tokenizer
 from models.weights import save_weights
 from sar_trainer import SARTrainer, rollout_guidance
 from train import TRAINERS, build
@@ -36,6 +40,41 @@ from utils.runtime.entry import entry
 from utils.runtime.flags import Parser, parse, whole
 
 DEFAULT = "1_2_3_4_5_6_8_10_13_16"
+FLOWAR_SIZES = ("--width=768", "--flow_depth=2", "--flow_width=1024")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A generator as it is benchmarked: its tokenizer, of released size or tiny, and its flags."""
+
+    config: VQVAEConfig
+    tiny: VQVAEConfig
+    flags: tuple[str, ...] = ()
+    tiny_flags: tuple[str, ...] = ()
+    pn: str = DEFAULT
+
+    def tokenizer(self, tiny: bool) -> Tokenizer:
+        """With fresh weights."""
+        return (self.tiny if tiny else self.config).build()
+
+    def flags_of(self, tiny: bool) -> list[str]:
+        return list(self.tiny_flags if tiny else self.flags)
+
+
+SMALL = {"base_width": 32, "width_mult": (1, 1, 1, 1, 1), "res_blocks": 1}
+CODES = {**SMALL, "codebook_size": 64, "codebook_dim": 8}
+KINDS = {
+    "flexvar": Kind(VQVAEConfig(), VQVAEConfig(**CODES, z_channels=32)),
+    "var": Kind(
+        ResidualVQVAEConfig(), ResidualVQVAEConfig(**CODES, z_channels=8, counted_scales=3),
+        ("--model=var",), ("--model=var",),
+    ),
+    "flowar": Kind(
+        KLConfig(), KLConfig(**SMALL, z_channels=4, scaling=1.0),
+        ("--model=flowar", *FLOWAR_SIZES, "--latent_scaling=0.2325"),
+        ("--model=flowar", "--flow_depth=1", "--flow_width=64", "--latent_scaling=1.0"), "1_2_4_8_16",
+    ),
+}  # fmt: skip
 
 
 class PlainSAR(SARTrainer):
@@ -69,14 +108,13 @@ def step_flops(args: argparse.Namespace, trainer: SARTrainer) -> float:
 
 def make_trainer(args: argparse.Namespace, depth: int, batch: int, pn: str, directory: Path) -> SARTrainer:
     """A trainer as `train.py` builds it."""
-    vae, data = directory / "vae.safetensors", directory / "data"
-    if not vae.exists():
-        torch.manual_seed(0)
-        save_weights(VQVAE(), vae)
-        (data / "train/class").mkdir(parents=True)
-        for i, image in enumerate(to_pil(random_images(8, 256))):
-            image.save(data / f"train/class/{i}.jpg")
-    flags = [f"--data_path={data}", f"--workers={args.workers}", f"--vae_ckpt={vae}", f"--depth={depth}"]
+    vae, data, kind = directory / "vae.safetensors", directory / "data", KINDS[args.model]
+    torch.manual_seed(0)
+    save_weights(kind.tokenizer(args.tiny), vae)
+    (data / "train/class").mkdir(parents=True)
+    for i, image in enumerate(to_pil(random_images(8, args.image))):
+        image.save(data / f"train/class/{i}.jpg")
+    flags = [f"--workers={args.workers}", f"--vae_ckpt={vae}", f"--depth={depth}"]
     flags += [
         f"--pn={pn}",
         "--schedule=fixed",
@@ -84,6 +122,7 @@ def make_trainer(args: argparse.Namespace, depth: int, batch: int, pn: str, dire
         "--ep=100000",
         "--vis_num_samples=0",
         "--num_classes=1000",
+        *kind.flags_of(args.tiny),
     ]
     flags += [
         f"--precision={args.precision}",
@@ -94,9 +133,12 @@ def make_trainer(args: argparse.Namespace, depth: int, batch: int, pn: str, dire
     if args.mode == "csfl":
         flags += [f"--ssr={args.ssr}", f"--rollout={args.rollout}"]
     if args.cached:
-        config = CacheConfig(out=str(directory / "codes"), vae_ckpt=str(vae), crops=1)
+        tied = {"pn": pn} if kind.config.tied_to_schedule else {}
+        config = CacheConfig(out=str(directory / "codes"), vae_ckpt=str(vae), crops=1, image_size=args.image, **tied)
         build_cache(CacheFlags(config, DataConfig(data_path=str(data), workers=0)), alone())
         flags += [f"--code_cache={directory / 'codes'}"]
+    else:
+        flags += [f"--data_path={data}"]
     if args.plain:
         TRAINERS["csfl"] = PlainSAR
     return build(parse(TrainConfig, flags), alone())
@@ -153,6 +195,7 @@ def main() -> None:
     parser.add_argument("--batch", type=whole(1), nargs="+", default=[2])
     parser.add_argument("--depth", type=whole(1), nargs="+", default=[16])
     parser.add_argument("--pn", nargs="+", default=[DEFAULT])
+    parser.add_argument("--model", default="flexvar", choices=KINDS)
     parser.add_argument("--mode", default="csfl", choices=["csfl", "teacher_forcing"])
     parser.add_argument("--ssr", default="all", choices=["all", "last"])
     parser.add_argument("--rollout", default="cfg", choices=["argmax", "sample", "cfg"])
@@ -166,6 +209,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.mode == "teacher_forcing" and (args.ssr, args.rollout) != ("all", "cfg"):
         parser.error("--ssr and --rollout have no effect without --mode csfl")
+    args.image, args.tiny = 256, False
     rows = [measure(args, *setting) for setting in product(args.depth, args.batch, args.pn)]
     show(f"train_step {args.mode} {args.ssr} {args.rollout}{' cached' * args.cached}{' plain' * args.plain}", rows)
 

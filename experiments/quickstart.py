@@ -70,11 +70,12 @@ class Kind:
     sar: list[str] = field(default_factory=lambda: SAR)
     steps: int = 450  # from scratch
     cfg: float = 0.5  # ramp guidance of its samples
+    flow_steps: int = 25  # of Euler's method in its samples
 
     @property
     def sampling(self) -> SamplingConfig:
         """Without top-k and top-p."""
-        return SamplingConfig(Guidance("ramp", self.cfg))
+        return SamplingConfig(Guidance("ramp", self.cfg), flow_steps=self.flow_steps)
 
     def scaling(self, tokenizer: Path) -> list[str]:
         """The flag that scales continuous latents, measured on the training digits; of codes there is none."""
@@ -95,8 +96,9 @@ MODELS = {
         [f"--pn={SIDES}"],
         ["--lr=3e-3"],
         ["--training_mode=csfl", "--rollout=sample", "--rollout_steps=4"],
-        steps=2000,
+        steps=1500,
         cfg=2.0,
+        flow_steps=10,
     ),
 }
 

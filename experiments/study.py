@@ -1,7 +1,7 @@
 """Engine of the studies on digits: variants and seeds, each a run of train.py, a scorer, and a table.
 
-A study is a `Plan`. Its runs start from a quickstart's stages, two at a time; a finished one is not run again. OUT gets
-the runs, study.json (the numbers of every seed) and table.md.
+A study is a `Plan`. Its runs start from a quickstart's stages, --jobs at a time; a finished one is not run again. OUT
+gets the runs, study.json (the numbers of every seed) and table.md.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class Plan:
     columns: dict[str, tuple[str, int]]  # of the table: titles and digits
     steps: int
     before: bool = False  # the model that all runs go on from is a row, too
+    # A quickstart's directory and OUT → flags of each variant for what is made here, before all runs.
+    prepare: Callable[[Path, Path], dict[str, list[str]]] = lambda quickstart, out: {}
 
 
 def run_study(plan: Plan, description: str) -> None:
@@ -41,6 +43,7 @@ def run_study(plan: Plan, description: str) -> None:
     parser.add_argument("--out", type=Path, default=Path("out", plan.name))
     parser.add_argument("--steps", type=whole(1), default=plan.steps)
     parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=whole(1), default=2, help="runs at a time")
     parser.add_argument("--only", nargs="+", default=[""], help="variants whose name contains one of these")
     parser.add_argument("--status", action="store_true", help="say what is done, and stop")
     args = parser.parse_args()
@@ -56,11 +59,19 @@ def run_study(plan: Plan, description: str) -> None:
             print(f"{name:>40}  seed {seed}: step {reached(args.out / directory)} of {args.steps}")
         return
 
+    prepared = plan.prepare(args.quickstart, args.out)
+
     def train(job: tuple[str, int]) -> Path:
-        flags = [*plan.flags(args.quickstart), *variants[job[0]], f"--seed={job[1]}", "--vis_num_samples=0"]
+        flags = [
+            *plan.flags(args.quickstart),
+            *prepared.get(job[0], []),
+            *variants[job[0]],
+            f"--seed={job[1]}",
+            "--vis_num_samples=0",
+        ]
         return run_stage(jobs[job], "train.py", flags, args.steps, args.out, processes=1)[0]
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(args.jobs) as pool:
         runs = dict(zip(jobs, pool.map(train, jobs), strict=True))
     scores = plan.scorer(args.quickstart)
     found = {"before": [scores(args.quickstart / "flexvar")]} if plan.before else {}

@@ -56,6 +56,7 @@ class FlexVARConfig:
     # What the other files ask of a generator: see `models/generators.py`.
     flags: ClassVar[tuple[type, ...]] = ()  # dataclasses of the flags of train.py that only this generator reads
     goes_with: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "supervision": ("latent", "image"),
         "rollout_canvas": ("accumulated",),
         "csf_target": ("teacher", "ground_truth", "teacher_soft"),
         "rollout_steps": (25,),

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.flow_layers import CrossBlock, FinalLayer, PlainBlock, TimeEmbedding, WithinScales, rotations
-from models.scales import ScaleSchedule
+from models.scales import ScaleSchedule, to_tokens_of
 
 UNIFORM = 50  # number of steps whose grid is uniform
 INTERVAL = 0.9  # guidance acts at times up to this one
@@ -29,10 +30,9 @@ def euler_times(steps: int) -> list[float]:
     if steps < 2:
         raise ValueError(f"Euler's method needs 2 steps at least, got {steps}")
     if steps == UNIFORM:
-        return torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+        return np.linspace(1, 0, steps + 1).tolist()
     half = steps // 2
-    parts = torch.linspace(1, 0.3, half, dtype=torch.float64), torch.linspace(0.25, 0, half + 1, dtype=torch.float64)
-    return torch.cat(parts).tolist()
+    return [*np.linspace(1, 0.3, half).tolist(), *np.linspace(0.25, 0, half + 1).tolist()]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class FlowHead(nn.Module):
         `full`: the finest side of the model.
         """
         lengths = [s * s for s in sides]
-        tau = self.time_embed(t).repeat_interleave(torch.tensor(lengths, device=t.device), dim=1)  # (B, L, w)
+        tau = to_tokens_of(self.time_embed(t), lengths)  # (B, L, w)
         c, x = self.cond_embed(z), self.input_proj(x.to(self.input_proj.weight.dtype))
         turn, attention = rotations(sides, full, 64, x.device), WithinScales(lengths)
         for block in self.res_blocks:
@@ -141,9 +141,10 @@ class FlowHead(nn.Module):
         sides, full = schedule.sides[first:], schedule.sides[-1]
         if not isinstance(targets, FlowTarget):
             time = torch.rand(len(z), len(sides), device=z.device)
-            targets = FlowTarget(targets, time, torch.randn(targets.shape, device=z.device))
+            targets = FlowTarget(targets, time, torch.randn(*targets.shape[:2], self.dim, device=z.device))
         tokens, time, noise, velocity = targets
-        t = time.repeat_interleave(torch.tensor(schedule.lengths[first:], device=z.device), dim=1).unsqueeze(-1)
+        tokens = tokens[..., : self.dim]  # those of image_pixels go on with their own inputs
+        t = to_tokens_of(time, schedule.lengths[first:]).unsqueeze(-1)
         found = self((1 - t) * tokens + t * noise, time, z, sides, full)
         losses = (found - (noise - tokens if velocity is None else velocity)).square().mean(-1)  # (B, L)
         sampled = None

@@ -58,7 +58,6 @@ class FlowARConfig(FlexVARConfig):
     flags = (FlowARFlags,)
     goes_with: ClassVar[dict[str, tuple[Any, ...]]] = {
         "schedule": ("fixed",),
-        "supervision": ("latent", "image"),
         "aln": (0.5,),
         "alng": (1e-3,),
         "label_smoothing": (0.0,),
@@ -109,7 +108,8 @@ class FlowARConfig(FlexVARConfig):
 
     @classmethod
     def tokenizer_options(cls, flags: Any) -> dict[str, float]:
-        return {"scaling": flags.latent_scaling, "patch": flags.latent_patch}
+        through_pixels = flags.supervision == "image_pixels"
+        return {"scaling": flags.latent_scaling, "patch": flags.latent_patch, "through_pixels": through_pixels}
 
     def check_tokenizer(self, vae: Any, ckpt: str | Path, vae_ckpt: str | Path) -> None:
         super().check_tokenizer(vae, ckpt, vae_ckpt)
@@ -323,7 +323,7 @@ class FlowAR(nn.Module):
         """Normal numbers (B, L, D), from each image's own seed."""
         shape = schedule.total, self.config.codebook_dim
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(rows).to(device)
+        return torch.stack(rows).to(device, non_blocking=True)
 
     def draw_scale(
         self,

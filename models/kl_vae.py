@@ -21,6 +21,7 @@ from models.scales import ScaleSchedule
 from models.tokenizer import KnownCodes, Quantised, Tokenizer, area, exact_convolutions
 from models.vqvae import AttnBlock, VQVAEConfig
 
+NO_VARIANCE = -60.0  # a log-variance whose noise is nothing, in half precision, too
 # What 1/std of the latents of published files is, by (channels, levels, attention in the decoder's levels).
 SCALINGS = {(16, 5, False): 0.2325, (4, 4, False): 0.18215}
 
@@ -36,6 +37,7 @@ class KLConfig(VQVAEConfig):
     decoder_attention: tuple[int, ...] = ()
     patch: int = 0  # side of a token in latents; 0: two for 8× down-sampling, else one
     scaling: float = 0.0  # latents are multiplied by this; 0: what is published for such a file
+    through_pixels: bool = False  # a scale is fed with the picture of the one before, raised and encoded
 
     pathway = "latent"
     tied_to_schedule = True  # as a cache is
@@ -121,6 +123,7 @@ class KLAutoencoder(Tokenizer):
     """Images in [-1, 1] ↔ latents of every side, drawn from their posterior."""
 
     config: KLConfig
+    supervisions = ("latent", "image", "image_pixels")
 
     def __init__(self, config: KLConfig | None = None):
         super().__init__()
@@ -142,6 +145,8 @@ class KLAutoencoder(Tokenizer):
 
     @property
     def pathway(self) -> LatentPathway:
+        if self.config.through_pixels:
+            return PixelPathway(self)
         return LatentPathway(self.config.patch, self.config.z_channels)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,11 +162,24 @@ class KLAutoencoder(Tokenizer):
         return self.from_moments(self.moments_of(images, sides, supervision), sides)
 
     def moments_of(self, images: Tensor, sides: Sequence[int], supervision: str) -> dict[int, tuple[Tensor, Tensor]]:
-        """Mean and log-variance by the side of the tokens they are for: of the image, or of the image at each side."""
+        """Mean and log-variance by the side of the tokens they are for: of the image, or of the image at each side.
+
+        With image_pixels, twice the channels: what feeds the scale follows, with a variance of nothing.
+        """
         if supervision == "latent":
             return {sides[-1]: self.moments(images)}
-        small = {s: F.interpolate(images, (self.config.factor * s,) * 2, mode="area") for s in sides}
-        return {s: self.moments(image) for s, image in small.items()}
+        small = [F.interpolate(images, (self.config.factor * s,) * 2, mode="area") for s in sides]
+        found = {s: self.moments(image) for s, image in zip(sides, small, strict=True)}
+        if supervision == "image_pixels":
+            fed = [torch.zeros_like(found[sides[0]][0]), *map(self.raised, small, sides[1:])]
+            for (s, (mean, log_variance)), own in zip(found.items(), fed, strict=True):
+                found[s] = torch.cat([mean, own], 1), torch.cat([log_variance, torch.full_like(own, NO_VARIANCE)], 1)
+        return found
+
+    def raised(self, images: Tensor, s: int) -> Tensor:
+        """Images of any size → mean latents (B, z, h, w), not scaled, of the images raised to side s, bicubically."""
+        pixels = (self.config.factor * s,) * 2
+        return self.moments(F.interpolate(images, pixels, mode="bicubic", align_corners=False))[0]
 
     def from_moments(
         self, moments: Mapping[int, tuple[Tensor, Tensor]], sides: Sequence[int], sample: bool = True
@@ -176,15 +194,15 @@ class KLAutoencoder(Tokenizer):
 
     def to_cache(self, images: Tensor, sides: ScaleSchedule, supervision: str) -> Tensor:
         """Means and log-variances (B, n) in fp16, of the finest side or of each: noise is fresh in every step."""
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False), exact_convolutions():
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False), exact_convolutions(self.tf32):
             found = self.moments_of(images.float(), sides.sides, supervision)
         return torch.cat([x.flatten(1) for pair in found.values() for x in pair], dim=1).half().cpu()
 
     def from_cache(
         self, rows: Tensor, sides: ScaleSchedule, schedule: ScaleSchedule, supervision: str
     ) -> dict[int, Tensor]:
-        z, patch, moments = self.config.z_channels, self.config.patch, {}
-        stored = sides.sides if supervision == "image" else sides.sides[-1:]
+        z, patch, moments = self.config.z_channels * (1 + (supervision == "image_pixels")), self.config.patch, {}
+        stored = sides.sides[-1:] if supervision == "latent" else sides.sides
         parts = rows.float().split([2 * z * (patch * s) ** 2 for s in stored], dim=1)
         for s, part in zip(stored, parts, strict=True):
             moments[s] = part.unflatten(1, (2, z, patch * s, patch * s)).unbind(1)
@@ -192,27 +210,14 @@ class KLAutoencoder(Tokenizer):
 
     def known_of_images(self, images: Tensor, schedule: ScaleSchedule, supervision: str) -> KnownCodes:
         """Means of the latents."""
-        moments = self.moments_of(images, schedule.sides, supervision)
+        moments = self.moments_of(images, schedule.sides, "latent" if supervision == "latent" else "image")
         return KnownCodes(self.from_moments(moments, schedule.sides, sample=False))
-
-    @torch.no_grad()
-    def inputs_in_pixels(self, images: Tensor, schedule: ScaleSchedule) -> Tensor:
-        """Another reading of image supervision: inputs (B, n, D) of scales 2…N that go through pixels.
-
-        Each is the mean latent of the image shrunk to the scale before, by area, and raised to its own, bicubically.
-        """
-        factor, found = self.config.factor, []
-        for before, s in zip(schedule.sides, schedule.sides[1:], strict=False):
-            small = F.interpolate(images, (factor * before,) * 2, mode="area")
-            raised = F.interpolate(small, (factor * s,) * 2, mode="bicubic", align_corners=False)
-            found.append(to_tokens(self.latents(*self.moments(raised)), self.config.patch))
-        return torch.cat(found, dim=1)
 
     def decode_at(self, codes: Mapping[int, Tensor], s: int, schedule: ScaleSchedule) -> Tensor:
         return self.decode_maps(self.pathway.maps(codes[s], s) / self.scaling)
 
     def decode_inputs(self, codes: Mapping[int, Tensor], i: int, schedule: ScaleSchedule) -> Tensor:
-        tokens = torch.cat([codes[s] for s in schedule.sides[:i]], dim=1)
+        tokens = torch.cat([self.pathway.own(codes[s]) for s in schedule.sides[:i]], dim=1)
         fed = self.pathway.inputs(F.pad(tokens, (0, 0, 0, schedule.total - tokens.shape[1])), schedule, first=i)
         return self.decode_at({schedule.sides[i]: fed[:, : schedule.lengths[i]]}, schedule.sides[i], schedule)
 
@@ -263,9 +268,13 @@ class LatentPathway:
         """Tokens (B, n, D) as they are."""
         return codes
 
+    def own(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, n, D) without what feeds them, which follows in those of image_pixels (B, n, 2D)."""
+        return tokens[..., : self.channels * self.patch**2]
+
     def maps(self, tokens: Tensor, s: int) -> Tensor:
         """Tokens (B, s², D) → maps (B, z, patch·s, patch·s)."""
-        return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (s, s)), self.patch)
+        return F.pixel_shuffle(self.own(tokens).transpose(1, 2).unflatten(2, (s, s)), self.patch)
 
     def shift(self, tokens: Tensor, i: int, schedule: ScaleSchedule) -> Tensor:
         """Tokens (B, s², D) of scale i → inputs (B, s'², D) of the next."""
@@ -292,6 +301,30 @@ class LatentPathway:
     def canvas(self, schedule: ScaleSchedule) -> LatentCanvas:
         """An empty canvas, for sampling to fill."""
         return LatentCanvas(self, schedule)
+
+
+class PixelPathway(LatentPathway):
+    """The other reading of image supervision: a scale is fed with the picture of the one before, raised and encoded.
+
+    In training that picture is the true image, shrunk, and its latents come with the tokens (B, L, 2D); of samples it
+    is decoded here.
+    """
+
+    def __init__(self, vae: KLAutoencoder):
+        super().__init__(vae.config.patch, vae.config.z_channels)
+        self.vae = vae
+
+    @torch.no_grad()
+    def shift(self, tokens: Tensor, i: int, schedule: ScaleSchedule) -> Tensor:
+        with torch.autocast(tokens.device.type, enabled=False), exact_convolutions():
+            image = self.vae.decode_at({schedule.sides[i]: tokens.float()}, schedule.sides[i], schedule)
+            return to_tokens(self.vae.raised(image, schedule.sides[i + 1]) * self.vae.scaling, self.patch)
+
+    def inputs(self, tokens: Tensor, schedule: ScaleSchedule, truth: Tensor | None = None, first: int = 1) -> Tensor:
+        own = self.own(tokens)
+        if own.shape == tokens.shape:
+            return super().inputs(tokens, schedule, truth, first)
+        return tokens[:, schedule.offsets[first] :, own.shape[-1] :]
 
 
 class LatentCanvas:

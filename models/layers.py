@@ -6,6 +6,7 @@ Legend: B batch, L tokens, C width, H heads, d head size (64).
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -68,11 +69,12 @@ class CachedAttention:
 
 @dataclass(frozen=True)
 class Kernel:
-    """An optional attention kernel over (B, L, H, d), and the CUDA compute capability that it needs."""
+    """An optional attention kernel over (B, L, H, d), and the CUDA compute capabilities that it is built for."""
 
     name: str
     attention: Attend
-    capability: dict[torch.dtype, tuple[int, int]]
+    capability: dict[torch.dtype, tuple[int, int]]  # the least
+    before: tuple[int, int] = (sys.maxsize, 0)  # the first beyond
 
 
 def find_kernel() -> Kernel | None:
@@ -80,8 +82,8 @@ def find_kernel() -> Kernel | None:
     try:
         from flash_attn import flash_attn_func
 
-        needs = {torch.float16: (8, 0), torch.bfloat16: (8, 0)}  # Ampere
-        return Kernel("flash-attn", partial(flash_attn_func, softmax_scale=1.0), needs)
+        needs = {torch.float16: (8, 0), torch.bfloat16: (8, 0)}  # Ampere, Ada and Hopper
+        return Kernel("flash-attn", partial(flash_attn_func, softmax_scale=1.0), needs, before=(10, 0))
     except (ImportError, OSError):  # OSError: its library does not fit this machine
         pass
     try:
@@ -100,7 +102,8 @@ def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel | None:
     """The optional kernel, where the card can run it: in half precision. Else PyTorch's own does everything."""
     if KERNEL is None or device.type != "cuda" or dtype not in KERNEL.capability:
         return None
-    return KERNEL if torch.cuda.get_device_capability(device) >= KERNEL.capability[dtype] else None
+    card = torch.cuda.get_device_capability(device)
+    return KERNEL if KERNEL.capability[dtype] <= card < KERNEL.before else None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:

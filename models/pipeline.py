@@ -57,7 +57,7 @@ class SARPipeline(
         None for models that are none of the released ones."""
         super().__init__()
         self.supervision, self.max_pn = supervision, max_pn
-        self.vae = tokenizer_of(tokenizer).build()
+        self.vae = tokenizer_of(tokenizer).build().to(memory_format=torch.channels_last)  # as `load_tokenizer` does
         self.model = config_of(transformer).build()
         self.schedule = self.model.trim(ScaleSchedule(tuple(sides)))
         self.class_names = list(class_names or default_names(self.model.config.num_classes))

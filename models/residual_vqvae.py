@@ -111,8 +111,6 @@ class ResidualVQVAE(Tokenizer):
 
     def known_of_images(self, images: Tensor, schedule: ScaleSchedule, supervision: str) -> KnownResiduals:
         """Codes of images that make up for whatever the coarser scales were given."""
-        if supervision != "latent":
-            raise ValueError("codes of a residual tokenizer come from the latent: --supervision latent")
         latent = self.encode(images)
         check_side(latent, schedule)
         return KnownResiduals(self.pathway, latent, schedule)

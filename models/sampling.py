@@ -93,7 +93,7 @@ class SamplingConfig:
 def image_uniforms(seeds: Sequence[int], total: int, device: torch.device) -> Tensor:
     """Uniform numbers (B, total), one row from each image's own seed."""
     rows = [torch.rand(total, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows).to(device)
+    return torch.stack(rows).to(device, non_blocking=True)
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:

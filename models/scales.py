@@ -80,6 +80,15 @@ class ScaleSchedule:
         return dict(zip(self.sides, self.split(tokens), strict=True))
 
 
+def to_tokens_of(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """A value for each scale (B, K, …) → for each of their tokens (B, L, …).
+
+    Unlike `repeat_interleave` by a tensor, it makes no GPU's host wait for how many those are.
+    """
+    parts = [part.expand(-1, n, *part.shape[2:]) for part, n in zip(values.split(1, dim=1), lengths, strict=True)]
+    return torch.cat(parts, dim=1)
+
+
 DEFAULT_SCHEDULE = ScaleSchedule((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 MAX_TOKENS = DEFAULT_SCHEDULE.total  # 680: a drawn schedule never costs more than the default one
 

@@ -34,7 +34,9 @@ class Quantised(NamedTuple):
 class Tokenizer(nn.Module):
     """Images in [-1, 1] ↔ codes of several sides: what training, sampling and evaluation ask of a tokenizer."""
 
+    tf32 = False  # `tokenize` may round convolutions to TF32 on a GPU
     equivariant = False  # KL, in training: latents resized and turned must decode to the image treated alike (EQ-VAE)
+    supervisions: tuple[str, ...] = ("latent", "image")  # values of --supervision that it knows
     config: Any  # a `VQVAEConfig`, or a subclass
     encoder: nn.Module
     decoder: nn.Module
@@ -55,9 +57,15 @@ class Tokenizer(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] → their codes at these sides, {s: (B, s²)}.
 
         A scale's codes come from the image's latent, resized by area to the scale ("latent"), or from the latent of the
-        image resized to the scale's resolution ("image"). In full fp32, whatever precision the caller works in.
+        image resized to the scale's resolution ("image"). In full fp32, whatever precision the caller works in; with
+        `tf32` its convolutions are in TF32.
+        Raises ValueError for a supervision that this tokenizer does not know.
         """
-        with torch.autocast(images.device.type, enabled=False), exact_convolutions():
+        assert images.is_floating_point(), "images of bytes: see from_bytes"
+        if supervision not in self.supervisions:
+            known = " or ".join(self.supervisions)
+            raise ValueError(f"{type(self).__name__} goes with --supervision {known}, not {supervision}")
+        with torch.autocast(images.device.type, enabled=False), exact_convolutions(self.tf32):
             return self.codes_of_images(images.float(), sides, supervision)
 
     @abstractmethod
@@ -163,9 +171,17 @@ def area(maps: Tensor, s: int) -> Tensor:
     return maps if maps.shape[-2:] == (s, s) else F.interpolate(maps, size=(s, s), mode="area")
 
 
-def exact_convolutions() -> AbstractContextManager:
-    """Convolutions in full fp32 on a GPU, whose default is TF32: for codes and features that must not depend on it."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+def exact_convolutions(tf32: bool = False) -> AbstractContextManager:
+    """Convolutions in full fp32 on a GPU, whose default is TF32: for codes and features that must not depend on it.
+
+    With `tf32` they are in TF32 all the same.
+    """
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32)
+
+
+def from_bytes(images: Tensor) -> Tensor:
+    """Images of bytes → fp32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -52,11 +52,17 @@ def read_state_dict(path: str | Path) -> StateDict:
 
 
 def unwrap(found: object, path: Path) -> StateDict:
-    """Released containers: {'model' or 'state_dict': state dict}, {'trainer': {'var_wo_ddp': …}}, or a bare one."""
+    """Released containers: {'model' or 'state_dict': state dict}, {'trainer': {'var_wo_ddp': …}}, or a bare one.
+
+    Of a FlowAR training checkpoint, {'model': …, 'model_ema': …}, the average.
+    """
     if isinstance(found, dict) and isinstance(found.get("trainer"), dict):
         found = found["trainer"].get("var_wo_ddp")
     elif isinstance(found, dict):
-        found = next((found[name] for name in ("model", "state_dict") if isinstance(found.get(name), dict)), found)
+        names = [name for name in ("model_ema", "model", "state_dict") if isinstance(found.get(name), dict)]
+        if names[:1] == ["model_ema"]:
+            notice(f"{path}: the moving average of its weights, model_ema")
+        found = found[names[0]] if names else found
     if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
         raise ValueError(f"{path} holds no state dict in a layout known here")
     return found

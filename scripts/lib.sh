@@ -64,6 +64,9 @@ launch() {
     local cores
     cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
+    if [ -z "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then # drawn schedules would fragment GPU memory
+        export PYTORCH_ALLOC_CONF=expandable_segments:True
+    fi
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # threads that spin in wait would take other ranks' cores
     if [ "$nnodes" = 1 ] && [ "$nproc" = 1 ]; then
         exec "$PYTHON" "$@"

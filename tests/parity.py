@@ -23,7 +23,7 @@ from models import FlexVAR, FlexVARConfig, Guidance, SamplingConfig, ScaleSchedu
 from models.flow_head import FlowPrediction, FlowSampler, FlowTarget
 from models.flowar import FlowAR, FlowARConfig
 from models.head import Sampler
-from models.kl_vae import KLAutoencoder, KLConfig
+from models.kl_vae import KLAutoencoder, KLConfig, PixelPathway
 from models.residual_vqvae import ResidualVQVAEConfig
 from models.sampling import generate, generate_scales, sample_codes
 from models.tokenizer import Tokenizer
@@ -395,7 +395,10 @@ def flowar_image_supervision(vae: KLAutoencoder, images: Tensor, schedule: Scale
     moments = vae.moments_of(images, schedule.sides, "image")
     tokens = joined(vae.from_moments(moments, schedule.sides, sample=False))
     yield from {"image.targets": tokens, "image.inputs": vae.pathway.inputs(tokens, schedule)}.items()
-    yield "image.inputs_in_pixels", vae.inputs_in_pixels(images, schedule)
+    both = joined(
+        vae.from_moments(vae.moments_of(images, schedule.sides, "image_pixels"), schedule.sides, sample=False)
+    )
+    yield "image.inputs_in_pixels", PixelPathway(vae).inputs(both, schedule)
 
 
 # ------------------------------------------------------------------------------------------------- compare

@@ -3,17 +3,21 @@
 import json
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
 
 from benchmarks.common import Clock, Ruler, forward_flops
+from benchmarks.compare import main as compare
+from benchmarks.compare import read
 from benchmarks.data import speed, write_cache
+from benchmarks.gpu import main as gpu
 from benchmarks.sample import sort_everything
 from models import FlexVARConfig
 from models.head import sample_tokens
 from models.scales import DEFAULT_SCHEDULE
-from tests.conftest import run
+from tests.conftest import run, tool
 
 
 @pytest.mark.parametrize(("depth", "teraflop"), [(16, 0.305), (20, 0.580), (24, 0.986)])
@@ -72,3 +76,56 @@ def test_each_prints_a_table_and_json(command):
     result = json.loads(out.splitlines()[-1])
     assert result["rows"]
     assert result["machine"]["torch"] == torch.__version__
+
+
+def test_the_gpu_benchmark_runs_dry_to_the_end_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # seconds instead of a minute
+    out = tool(gpu, "--dry_run", "--out", tmp_path, "--only", "steps flexvar-d1 TF", check=True)[1]
+    assert "steps flexvar-d1 TF fixed cached (" in out
+    before = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert set(before) == {"steps flexvar-d1 TF fixed cached", "steps flexvar-d1 TF flexvar cached"}
+    out = tool(gpu, "--dry_run", "--out", tmp_path, check=True)[1]
+    assert "TF fixed cached (" not in out  # it is there
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert not [(name, row["error"]) for name, row in rows.items() if "error" in row]
+    assert rows.items() >= before.items()
+    assert all(row["images/s"] > 0 for name, row in rows.items() if name.startswith(("steps", "sampling", "judging")))
+    assert rows["parity"]["likeliest token agrees"] > 0.9
+    written = (tmp_path / "gpu.md").read_text()
+    assert all(f"| {name} |" in written for name in rows)
+
+
+def test_without_a_gpu_the_gpu_benchmark_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, _, said = tool(gpu, "--out", tmp_path)
+    assert status == 1
+    assert "there is no GPU here: --dry_run" in said
+
+
+def test_two_results_are_compared_and_a_regression_is_seen(tmp_path, capsys):
+    def write(name, **row):
+        content = {
+            "machine": {"device": "x"},
+            "rows": {"steps": {"images/s": 100.0, "peak GB": 10.0, "batch": 8, **row}},
+        }
+        (tmp_path / name).write_text(json.dumps(content))
+        return str(tmp_path / name)
+
+    before = write("a.json")
+    for change, worse in (
+        ({}, False),
+        ({"images/s": 96.0}, False),
+        ({"images/s": 90.0}, True),
+        ({"images/s": 150.0}, False),
+        ({"peak GB": 11.0}, True),
+        ({"peak GB": 5.0}, False),
+        ({"batch": 16}, False),
+    ):
+        status, out, _ = tool(compare, before, write("b.json", **change))
+        assert status == worse, (change, out)
+    printed = tmp_path / "printed.txt"
+    printed.write_text("| a table |\n\n" + json.dumps({"machine": {"device": "y"}, "rows": [{"batch": 2, "s": 1.0}]}))
+    assert read(printed)[1] == {"batch 2": {"batch": 2, "s": 1.0}}
+    status, _, said = tool(compare, before, printed)
+    assert status == 1
+    assert "no row in common" in said

@@ -14,12 +14,14 @@ import torch
 from PIL import Image
 
 from models.scales import ScaleSchedule
+from models.tokenizer import from_bytes
 from tests.conftest import ALONE, ROOT, config_of, run, torchrun
 from train import build as build_trainer
 from utils.config.training import DataConfig
 from utils.data import code_cache
 from utils.data.code_cache import CacheConfig, CacheFlags, CodeCache, build, open_cache
 from utils.data.datasets import encode_batch, make_loader, open_dataset
+from utils.data.sources import InMemory
 from utils.runtime.distributed import Ranks
 from utils.runtime.files import read_json, write_json
 
@@ -60,7 +62,7 @@ def test_codes_equal_those_encoded_on_the_fly(cache, tiny_vae):
         found = cached.code_batch(tiny_vae, codes, labels, schedule)
         seen = [(epoch % 3 if split == "train" else 0, index) for epoch, index in keys]
         images, wanted_labels = next(iter(make_loader(views, [seen], 0, ALONE.device)))
-        wanted = encode_batch(tiny_vae, images, wanted_labels, schedule)
+        wanted = encode_batch(tiny_vae, from_bytes(images), wanted_labels, schedule)
         assert torch.equal(found.labels, wanted.labels)
         assert torch.equal(found.tokens(schedule), wanted.tokens(schedule))
 
@@ -72,7 +74,7 @@ def test_a_run_from_the_cache_equals_one_from_images(cache, flags, tmp_path, mon
         runs[name] = build_trainer(config_of(some, f"--out_dir={tmp_path / name}"), ALONE)
         if name == "cache":  # neither an image nor the tokenizer's encoder is touched
             monkeypatch.setattr(runs[name].vae, "encode", None)
-            monkeypatch.setattr("utils.data.datasets.digits", None)
+            monkeypatch.setattr("utils.data.sources.digits", None)
         runs[name].fit()
     for (name, a), b in zip(
         runs["images"].model.state_dict().items(), runs["cache"].model.state_dict().values(), strict=True
@@ -240,8 +242,8 @@ def test_images_that_changed_under_the_same_names_are_noticed(change, tmp_path, 
 
 def test_changed_arrays_are_noticed_too(tmp_path, small_vae_file, monkeypatch):
     build(flags_of(small_vae_file, tmp_path / "c", crops=1), ALONE)
-    real = code_cache.files_digest
-    monkeypatch.setattr(code_cache, "files_digest", lambda views, path: real(views, path)[::-1])
+    real = InMemory.files_digest
+    monkeypatch.setattr(InMemory, "files_digest", lambda self, path: real(self, path)[::-1])
     with pytest.raises(ValueError, match="images changed"):
         build(flags_of(small_vae_file, tmp_path / "c", crops=1), ALONE)
 

@@ -7,19 +7,20 @@ import torch
 from PIL import Image
 
 from models.scales import ScaleSchedule
+from models.tokenizer import from_bytes
 from utils.config.training import DataConfig
 from utils.data import datasets as data
 from utils.data.datasets import (
     StepSampler,
     accumulation,
-    adm_crop,
     check_dataset,
-    digits,
     encode_batch,
     loader_workers,
     make_loader,
     open_dataset,
 )
+from utils.data.images import adm_crop
+from utils.data.sources import digits
 
 CPU = torch.device("cpu")
 
@@ -201,7 +202,8 @@ def test_batches_follow_the_sampler_with_and_without_workers():
     for (a, la), (b, lb) in zip(plain, forked, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(la, lb)
-    assert torch.equal(plain[1][0][0], train[1, 3][0])
+    assert plain[1][0].dtype == torch.uint8
+    assert torch.equal(from_bytes(plain[1][0][0]), train[1, 3][0])
 
 
 def test_codes_of_a_batch(vae, expected):

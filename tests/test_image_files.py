@@ -79,7 +79,7 @@ def test_the_order_is_torchvisions(tree):
         hidden.rmdir()
     (tree / "a/._0.png").unlink()
     (tree / "a/deep/loop").unlink()  # which torchvision would follow for ever
-    assert ClassFolders(tree).samples == ImageFolder(str(tree)).samples
+    assert list(ClassFolders(tree).samples) == ImageFolder(str(tree)).samples
 
 
 def test_folders_that_hold_no_data_set_are_named(tmp_path):

@@ -152,12 +152,32 @@ def test_image_supervision_encodes_each_size(tmp_path):
         assert torch.allclose(found[s], to_tokens(mean * 0.7, 1), atol=1e-5)
 
 
-@pytest.mark.parametrize("supervision", ["latent", "image"])
+def test_through_pixels_a_scale_is_fed_with_the_picture_before_it(tmp_path):
+    vae, images = kl(through_pixels=True), recipes.plain_images(1, 2, 16)
+    torch.manual_seed(0)
+    tokens = torch.cat(list(vae.tokenize(images, SCHEDULE.sides, "image_pixels").values()), dim=1)
+    fed = vae.pathway.inputs(tokens, SCHEDULE)
+    shrunk = F.interpolate(F.interpolate(images, (8, 8), mode="area"), (16, 16), mode="bicubic")
+    wanted = to_tokens(vae.moments(shrunk)[0] * 0.7, 1)
+    assert torch.allclose(fed[:, 4:], wanted, atol=1e-5)  # the mean, whatever noise the targets have
+    targets = vae.pathway.own(tokens)
+    assert (targets.shape[-1], tokens.shape[-1]) == (4, 8)
+    # Samples say nothing of what feeds the next scale: their picture does.
+    drawn = vae.pathway.inputs(targets, SCHEDULE)
+    picture = vae.decode_at({2: targets[:, 1:5]}, 2, SCHEDULE)
+    raised = F.interpolate(picture, (16, 16), mode="bicubic")
+    assert torch.allclose(drawn[:, 4:], to_tokens(vae.moments(raised)[0] * 0.7, 1), atol=1e-5)
+    assert torch.equal(vae.pathway.canvas(SCHEDULE).add(1, targets[:, 1:5]), drawn[:, 4:])
+    held = vae.known(images, SCHEDULE, "image_pixels")
+    assert torch.equal(held.at(4), vae.known(images, SCHEDULE, "image").at(4))
+
+
+@pytest.mark.parametrize("supervision", ["latent", "image", "image_pixels"])
 def test_a_cache_holds_moments_in_half_precision(supervision):
     vae, images = kl(), recipes.plain_images(1, 2, 16)
     rows = vae.to_cache(images, SCHEDULE, supervision)
     assert rows.dtype == torch.float16
-    assert rows.shape[1] == 8 * (16 if supervision == "latent" else 21)
+    assert rows.shape[1] == {"latent": 8 * 16, "image": 8 * 21, "image_pixels": 16 * 21}[supervision]
     torch.manual_seed(1)
     found = vae.from_cache(rows, SCHEDULE, SCHEDULE, supervision)
     torch.manual_seed(1)

@@ -94,6 +94,8 @@ def test_no_kernel_is_found_where_none_is_and_none_runs_on_a_cpu(monkeypatch):
         ("flash-attn", (7, 5), torch.float16, False),
         ("flash-attn", (8, 0), torch.bfloat16, True),
         ("flash-attn", (9, 0), torch.float16, True),
+        ("flash-attn", (10, 0), torch.bfloat16, False),
+        ("flash-attn", (12, 0), torch.bfloat16, False),
         ("xformers", (6, 1), torch.float16, False),
         ("xformers", (7, 5), torch.float16, True),
         ("xformers", (7, 5), torch.bfloat16, False),

@@ -160,6 +160,15 @@ def test_flags_beside_the_weights_do_no_harm(model, tmp_path):
     assert load_flexvar(tmp_path / "x.pth").config.depth == 2
 
 
+def test_of_a_training_checkpoint_with_an_average_the_average_is_read(model, tmp_path, capsys):
+    average = {
+        name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
+    }
+    torch.save({"model": model.state_dict(), "model_ema": average, "epoch": 3}, tmp_path / "x.pth")
+    assert torch.equal(load_flexvar(tmp_path / "x.pth").head.weight, model.head.weight + 1)
+    assert "model_ema" in capsys.readouterr().err
+
+
 class Other:
     """A stranger's object in a checkpoint."""
 

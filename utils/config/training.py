@@ -18,10 +18,13 @@ from utils.runtime.flags import Flags, alias, at_least, at_most, only_with
 class DataConfig(Flags):
     """Data"""
 
-    dataset: Literal["folder", "digits", "cifar10"] = "folder"
+    dataset: Literal["folder", "digits", "cifar10", "hub", "imagenet_tar"] = "folder"
     """folder: images in DATA_PATH/train/<class>/*, and val/ beside it; digits: scikit-learn's handwritten digits;
-    cifar10: torchvision's, in DATA_PATH."""
+    cifar10: torchvision's, in DATA_PATH; hub: a data set of the Hugging Face Hub, DATA_PATH its name or a directory
+    that save_to_disk wrote; imagenet_tar: ImageNet's tar files as they are downloaded, in DATA_PATH"""
     data_path: str = ""  # where the data set lies
+    image_column: str = ""  # dataset hub: column of the images; empty: the one that holds images
+    label_column: str = ""  # dataset hub: column of the classes; empty: the one of class labels; none: all are of one
     augment: Literal["crop", "flip", "var", "flowar"] = "crop"
     """how a folder's training images vary: ADM's random crop and a flip; a flip alone (for small images, which the crop
     would enlarge); VAR's: a random crop of the image resized to 9/8 of the side, without a flip; FlowAR's: such a crop,
@@ -34,13 +37,18 @@ class DataConfig(Flags):
     def __post_init__(self):
         super().__post_init__()
         at_least(self, workers=-1, bad_image_limit=0)
-        only_with(self, self.dataset == "folder", "--dataset folder", ["on_bad_image", "augment"])
+        varied = self.dataset in ("folder", "hub", "imagenet_tar")
+        only_with(self, varied, "--dataset folder, hub or imagenet_tar", ["on_bad_image", "augment"])
+        only_with(self, self.dataset == "hub", "--dataset hub", ["image_column", "label_column"])
         only_with(self, self.on_bad_image == "skip", "--on_bad_image skip", ["bad_image_limit"])
         only_with(self, self.dataset != "digits", "a data set on disk", ["data_path"])
         at_most(self, bad_image_limit=1)
 
 
-DATA_OF_IMAGES = ["dataset", "data_path", "augment", "on_bad_image", "bad_image_limit"]  # what a code cache replaces
+# What a code cache replaces.
+DATA_OF_IMAGES = [
+    *("dataset", "data_path", "image_column", "label_column", "augment", "on_bad_image", "bad_image_limit"),
+]
 
 
 OF_GENERATORS = {name: [f.name for c in g.flags for f in fields(c)] for name, g in GENERATORS.items()}  # their flags
@@ -64,8 +72,9 @@ class ModelConfig(*(c for g in GENERATORS.values() for c in g.flags), Flags):  #
     pn: str = ""
     """sides of the scales, like 1_2_3_4; the last one times the tokenizer's factor is the image. Empty: those that the
     tokenizer's run was trained at, or 1_2_3_4_5_6_8_10_13_16"""
-    supervision: Literal["latent", "image"] = "latent"
-    """codes of a scale: from the latent resized to it, or from the image resized and encoded at it (Table 1)"""
+    supervision: Literal["latent", "image", "image_pixels"] = "latent"
+    """codes of a scale: from the latent resized to it, or from the image resized and encoded at it (Table 1);
+    image_pixels (FlowAR): the next scale is fed through pixels, too"""
     schedule: Literal["flexvar", "fixed"] = "flexvar"  # flexvar: draw the sides anew each step; fixed: --pn
 
     def __post_init__(self):
@@ -185,6 +194,7 @@ class SpeedConfig(Flags):
     """Speed and memory"""
 
     code_cache: str = ""  # train from codes that scripts/cache_codes.sh wrote there: no image is read or encoded
+    encode_tf32: bool = False  # encode images in TF32: faster on GPUs from Ampere on, and a few codes are others
     compile: bool = False  # torch.compile the blocks, all but their attention
     checkpoint_activations: bool = False  # keep only the blocks' inputs and compute the rest again in backward
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -325,6 +335,7 @@ class TrainConfig(Flags):
         self.check_self_fed()
         cached = bool(self.speed.code_cache)
         only_with(self.data, not cached, "images: --code_cache is in place of them", DATA_OF_IMAGES)
+        only_with(self.speed, not cached, "images: --code_cache is in place of them", ["encode_tf32"])
         only_with(self.run, self.watch.vis_num_samples > 0, "--vis_num_samples above 0", ["vis_cfg_scale"])
         for group in (self.sar, self.speed, self.optim):
             check_generator(self.model.model, group)
@@ -346,7 +357,7 @@ class TrainConfig(Flags):
 FIXED = {
     *("dataset", "augment", "bs", "seed", "training_mode"),
     *("model", *(flag for flags in OF_GENERATORS.values() for flag in flags)),
-    *("depth", "width", "num_classes", "pn", "schedule", "supervision"),
+    *("depth", "width", "num_classes", "pn", "schedule", "supervision", "encode_tf32"),
     *(
         "image_size",
         "quantiser",

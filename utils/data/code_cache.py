@@ -9,8 +9,8 @@ each (images · crops, codes of all sides), the crops of an image one after the 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -24,15 +24,14 @@ from tqdm import tqdm
 
 from models.run_record import find_run, schedule_of
 from models.scales import ScaleSchedule
-from models.tokenizer import Tokenizer
+from models.tokenizer import Tokenizer, from_bytes
 from models.weights import digest_of, load_tokenizer
 from utils.config.training import DataConfig, check_timeout
 from utils.data.datasets import CodeBatch, ImageDataset, Key, batches_of, loader_workers, open_splits
 from utils.runtime.distributed import Ranks, ranks
-from utils.runtime.entry import check_output_directory, entry
+from utils.runtime.entry import check_output_directory, entry, notice
 from utils.runtime.files import (
     digest,
-    digest_of_stats,
     read_array,
     read_json,
     read_sealed,
@@ -44,6 +43,7 @@ from utils.runtime.files import (
 from utils.runtime.flags import Flags, at_least, changed, only_with, parse
 
 MANIFEST, LABELS = "manifest.json", "labels.npy"
+BEFORE = {"augment": "crop", "encode_tf32": False}  # what caches of old do not say
 VERSION = 2
 
 
@@ -56,9 +56,10 @@ class CacheConfig(Flags):
     image_size: int = 0  # side of the training images; 0: the tokenizer run's, or 256
     crops: int = 10  # random crops of each training image; epoch e of training sees crop e mod CROPS
     seed: int = 0  # seed of the crops: a run of the same seed sees the same ones without the cache
-    supervision: Literal["latent", "image"] = "latent"  # see train.py
+    supervision: Literal["latent", "image", "image_pixels"] = "latent"  # see train.py
     pn: str = ""
     """sides of the scales, of a tokenizer whose codes depend on them; empty: its run's, or 1_2_3_4_5_6_8_10_13_16"""
+    encode_tf32: bool = False  # see train.py
     batch: int = 32  # crops that are encoded at a time
     shard_images: int = 512  # images of a shard: what a kill loses at most
     timeout_minutes: float = 30  # stop when a rank has not been heard of for so long
@@ -97,8 +98,8 @@ class CodeCache(Dataset):
         self.directory = directory / split
         self.classes: list[str] = manifest["classes"]
         self.sides, self.supervision = ScaleSchedule(tuple(manifest["sides"])), manifest["supervision"]
-        names = ("dataset", "augment", "crops")  # caches of old do not say how they were augmented: it was by crops
-        self.record = {name: {"augment": "crop", **manifest, **part}[name] for name in names}
+        names = ("dataset", "augment", "crops", "encode_tf32")
+        self.record = {name: {**BEFORE, **manifest, **part}[name] for name in names}
         self.record |= {"crop_seed": manifest["seed"], "images_sha256": manifest["images_sha256"]["train"]}
         self.crops, self.shard_rows = part["crops"], part["shard_images"] * part["crops"]
         self.files = [shard["file"] for shard in part["shards"]]
@@ -185,42 +186,57 @@ def verify(directory: Path) -> int:
 
 
 class Crops(Dataset):
-    """index → all crops of an image (crops, 3, size, size) and its label; the image is read once."""
+    """index → all crops of an image (crops, 3, size, size) uint8 and its label; the image is read once."""
 
     def __init__(self, views: ImageDataset, crops: int):
         self.views, self.crops = views, crops
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.views.views(index, range(self.crops))
+        return self.views.pixels(index, range(self.crops))
 
 
-def encode_images(
+def encode_shards(
     views: ImageDataset,
-    indices: range,
-    crops: int,
+    shards: Sequence[range],
     vae: Tokenizer,
     sides: ScaleSchedule,
     flags: CacheFlags,
     progress: tqdm,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Codes (images · crops, sum of s²) and labels (images,) of some images."""
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of each shard's images: codes (images · crops, sum of s²) and labels (images,).
+
+    One loader for all shards, so that images are read while others are encoded.
+    """
+    crops, device = config_crops(flags.cache, views), vae.device
     at_once = max(1, flags.cache.batch // crops)
+    batches = [list(shard[a : a + at_once]) for shard in shards for a in range(0, len(shard), at_once)]
     workers = loader_workers(flags.data.workers)
-    loader = DataLoader(Crops(views, crops), batch_size=at_once, sampler=indices, num_workers=workers)
-    rows, classes = [], []
-    with batches_of(loader) as batches:
-        for images, labels in batches:  # (n, crops, 3, size, size), (n,)
-            images = images.flatten(0, 1).to(vae.device)
-            rows.append(vae.to_cache(images, sides, flags.cache.supervision).numpy())
-            classes.append(labels.numpy())
-            progress.update(len(images))
-    return np.concatenate(rows), np.concatenate(classes)
+    pinned = device.type == "cuda"
+    loader = DataLoader(Crops(views, crops), batch_sampler=batches, num_workers=workers, pin_memory=pinned)
+    with batches_of(loader) as read:
+        for shard in shards:
+            rows, classes = [], []
+            for _ in range(0, len(shard), at_once):
+                images, labels = next(read)  # (n, crops, 3, size, size), (n,)
+                images = from_bytes(images.flatten(0, 1).to(device, non_blocking=True))
+                rows.append(vae.to_cache(images, sides, flags.cache.supervision).numpy())
+                classes.append(labels.numpy())
+                progress.update(len(images))
+            yield np.concatenate(rows), np.concatenate(classes)
+
+
+def config_crops(config: CacheConfig, views: ImageDataset) -> int:
+    """Crops of each image of a split: held-out images have one, the centre."""
+    return config.crops if views.training else 1
 
 
 def build_split(views: ImageDataset, vae: Tokenizer, sides: ScaleSchedule, flags: CacheFlags, me: Ranks) -> dict:
-    """Encode one split, a shard at a time, those that are there already left out. Returns its part of the manifest."""
+    """Encode one split, a shard at a time, those that are there already left out. Returns its part of the manifest.
+
+    A shard is written while the next one is encoded.
+    """
     config, directory = flags.cache, Path(flags.cache.out) / split_of(views)
-    crops = config.crops if views.training else 1
+    crops = config_crops(config, views)
     directory.mkdir(parents=True, exist_ok=True)
     shards = [
         range(start, min(start + config.shard_images, len(views)))
@@ -229,11 +245,23 @@ def build_split(views: ImageDataset, vae: Tokenizer, sides: ScaleSchedule, flags
     codes, labels = ([directory / f"{kind}_{n:05d}.npy" for n in range(len(shards))] for kind in ("shard", "labels"))
     mine = me.deal([n for n in range(len(shards)) if not codes[n].is_file()])
     total = sum(len(shards[n]) for n in mine) * crops
-    with tqdm(total=total, desc=f"{split_of(views)} codes", unit="crop", disable=not me.first) as progress:
-        for n in mine:
-            rows, classes = encode_images(views, shards[n], crops, vae, sides, flags, progress)
-            save_array(labels[n], classes)
-            save_array(codes[n], rows)  # last: it stands for the shard being done
+
+    def save(n: int, rows: np.ndarray, classes: np.ndarray) -> None:
+        save_array(labels[n], classes)
+        save_array(codes[n], rows)  # last: it stands for the shard being done
+
+    with (
+        tqdm(total=total, desc=f"{split_of(views)} codes", unit="crop", disable=not me.first) as progress,
+        ThreadPoolExecutor(1) as writer,
+    ):
+        encoded = encode_shards(views, [shards[n] for n in mine], vae, sides, flags, progress)
+        writing: Future | None = None
+        for n, (rows, classes) in zip(mine, encoded, strict=True):
+            if writing is not None:
+                writing.result()  # one shard at a time in memory; raises what went wrong with it
+            writing = writer.submit(save, n, rows, classes)
+        if writing is not None:
+            writing.result()
     me.barrier()
     if not me.first:
         return {}
@@ -243,11 +271,20 @@ def build_split(views: ImageDataset, vae: Tokenizer, sides: ScaleSchedule, flags
     return {**part, "labels_sha256": digest(directory / LABELS), "shards": described}
 
 
+def cost(images: int, crops: int) -> str:
+    """A line on what a cache costs beside what it saves."""
+    return (
+        f"{images} images × {crops} crops: as much encoding as {crops} epochs of training without a cache. It pays "
+        "from the second run on, and in the first where images are read more slowly than they are trained on"
+    )
+
+
 def build(flags: CacheFlags, me: Ranks) -> Path:
     """Write the cache of a data set, or what is missing of it. Returns its manifest."""
     config, out = flags.cache, Path(flags.cache.out)
     check_output_directory(out, "--out")
     vae, run = load_tokenizer(config.vae_ckpt).to(me.device), find_run(config.vae_ckpt)
+    vae.tf32 = config.encode_tf32
     size = config.image_size or (run.content["model"].get("image_size") if run else 0) or 256
     schedule = schedule_of(config.pn, config.vae_ckpt)
     only_with(config, vae.config.tied_to_schedule, "a tokenizer whose codes depend on the schedule", ["pn"])
@@ -256,10 +293,13 @@ def build(flags: CacheFlags, me: Ranks) -> Path:
     if size % vae.config.factor:
         raise ValueError(f"--image_size must be a multiple of {vae.config.factor}, got {size}")
     views = [v for v in open_splits(flags.data, size, config.seed, out) if v is not None]
+    if me.first:
+        notice(cost(len(views[0]), config.crops))
     settings: dict[str, Any] = {
         "version": VERSION,
         "tokenizer_sha256": digest_of(vae),
         "supervision": config.supervision,
+        "encode_tf32": config.encode_tf32,
         "sides": list(vae.cached_sides(size, schedule).sides),
         "image_size": size,
         "dataset": flags.data.dataset,
@@ -268,13 +308,12 @@ def build(flags: CacheFlags, me: Ranks) -> Path:
         "crops": config.crops,
         "shard_images": config.shard_images,
         "classes": views[0].classes,
-        "images_sha256": {split_of(v): fingerprint(v) for v in views},
-        "files_sha256": {split_of(v): files_digest(v, flags.data.data_path) for v in views},
+        "images_sha256": {split_of(v): v.source.fingerprint() for v in views},
+        "files_sha256": {split_of(v): v.source.files_digest(flags.data.data_path) for v in views},
     }
     record = out / "settings.json"
     if record.is_file():
-        # Older caches name neither.
-        before = {"augment": "crop", "files_sha256": settings["files_sha256"], **read_json(record)}
+        before = {**BEFORE, "files_sha256": settings["files_sha256"], **read_json(record)}
         if before != settings:
             other = ", ".join(name for name in settings if before.get(name) != settings[name])
             hint = " (images changed: their sizes or times of change)" if other == "files_sha256" else ""
@@ -294,27 +333,6 @@ def build(flags: CacheFlags, me: Ranks) -> Path:
 
 def split_of(views: ImageDataset) -> str:
     return "train" if views.training else "val"
-
-
-def fingerprint(views: ImageDataset) -> str:
-    """SHA-256 over the names (or numbers) and labels of the images, in order."""
-    samples = getattr(views.source, "samples", None) or [(i, label) for i, (_, label) in enumerate(views.source)]
-    total = hashlib.sha256()
-    for name, label in samples:
-        line = f"{Path(name).name if isinstance(name, str) else name} {label}\n"
-        total.update(line.encode(errors="surrogateescape"))
-    return total.hexdigest()
-
-
-def files_digest(views: ImageDataset, data_path: str) -> str:
-    """SHA-256 that changes with any image: with its file's size or time of change, or with its pixels in memory."""
-    samples = getattr(views.source, "samples", None)
-    if samples:
-        return digest_of_stats([path for path, _ in samples], data_path)
-    total = hashlib.sha256()
-    for image, _ in views.source:
-        total.update(image.tobytes())
-    return total.hexdigest()
 
 
 @entry

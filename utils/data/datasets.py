@@ -21,21 +21,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import datasets as tv_datasets
 
 from models.scales import ScaleSchedule
-from models.tokenizer import Tokenizer
+from models.tokenizer import Tokenizer, from_bytes
 from utils.config.training import DataConfig
-from utils.data.images import SkipBad, View, adm_crop, centre_crop, flowar_crop, shift_and_rotate, var_crop
-from utils.runtime.entry import notice, refuse_inside
-from utils.runtime.image_files import (
-    BadImage,
-    ClassFolders,
-    class_names_in,
-    flat_hint,
-    name_left_out,
-    walk_images,
-)
+from utils.data.images import SkipBad, View
+from utils.data.sources import AUGMENTS, SOURCES, Source
+from utils.runtime.entry import refuse_inside
+from utils.runtime.image_files import BadImage
 from utils.runtime.process import become_worker, cores
 
 Key = tuple[int, int]  # epoch, index
@@ -79,7 +72,7 @@ class ImageDataset(Dataset):
 
     def __init__(
         self,
-        source: Any,  # a sequence of (PIL image, class id)
+        source: Source,
         classes: list[str],
         view: View,
         size: int,
@@ -99,17 +92,17 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
         epoch, index = key
-        images, label = self.views(index, [epoch])
-        return images[0], label
+        pixels, label = self.pixels(index, [epoch])
+        return from_bytes(pixels[0]), label
 
-    def views(self, index: int, epochs: Sequence[int]) -> tuple[Tensor, int]:
-        """An image, read once, as several epochs see it (epochs, 3, size, size), and its label."""
+    def pixels(self, index: int, epochs: Sequence[int]) -> tuple[Tensor, int]:
+        """An image, read once, as several epochs see it (epochs, 3, size, size) uint8, and its label."""
         image, label = self.read(index)
         image, pixels = image.convert("RGB"), []
         for epoch in epochs:
             rng = random.Random(f"view/{self.seed}/{epoch}/{index}") if self.training else None
-            pixels.append(np.array(self.view(image, self.size, rng), dtype=np.float32))  # (size, size, 3), 0…255
-        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1, label
+            pixels.append(np.array(self.view(image, self.size, rng)))  # (size, size, 3)
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), label
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """An image and its label; with `skip`, those of the next good one where it is bad."""
@@ -123,75 +116,48 @@ class ImageDataset(Dataset):
         raise BadImage("no image can be read")
 
 
-@lru_cache
-def digits(train: bool) -> list[tuple[Image.Image, int]]:
-    """scikit-learn's 1,797 handwritten digits: 1,300 to train on, 497 held out, each class in proportion."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+class AsBytes(Dataset):
+    """Images as a loader hands them over, (B, 3, size, size) uint8, and labels (B,): a quarter of what floats take.
 
-    data = load_digits()
-    parts = train_test_split(
-        data.images, data.target, train_size=1300, random_state=0, stratify=data.target
-    )  # images train, val; labels train, val
-    images, labels = (parts[0], parts[2]) if train else (parts[1], parts[3])
-    pictures = np.round(images * (255 / 16)).astype(np.uint8)
-    return [(Image.fromarray(p), int(label)) for p, label in zip(pictures, labels, strict=True)]
+    `from_bytes` makes floats of them, on the device.
+    """
+
+    def __init__(self, views: ImageDataset):
+        self.views = views
+
+    def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
+        pairs = [self.views.pixels(index, [epoch]) for epoch, index in keys]
+        return torch.cat([pixels for pixels, _ in pairs]), torch.tensor([label for _, label in pairs])
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    @staticmethod
+    def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return batch
 
 
 def check_dataset(config: DataConfig) -> None:
     """Checks that the training data lie where the flags say, without listing them all. Raises ValueError."""
-    if config.dataset == "digits":
-        return
-    if not config.data_path:
+    if config.dataset != "digits" and not config.data_path:
         raise ValueError(f"--data_path is missing: where does the data set {config.dataset!r} lie?")
-    if config.dataset == "cifar10":
-        open_cifar10(config.data_path, training=True)
-        return
-    train = Path(config.data_path) / "train"
-    if not train.is_dir():
-        raise ValueError(f"no directory {train}{flat_hint(train.parent, train / 'all')}")
-    classes = class_names_in(train)
-    if not classes:
-        raise ValueError(f"{train} holds no class folders{flat_hint(train, train / 'all')}")
-    if not walk_images(train / classes[0]).images:
-        raise ValueError(f"no images in {train / classes[0]}: --data_path must hold train/<class>/<image files>")
-
-
-def open_cifar10(folder: str, training: bool) -> tv_datasets.CIFAR10:
-    """CIFAR-10, its files checked against their digests. Raises ValueError when they are not as they should be."""
-    try:
-        return tv_datasets.CIFAR10(folder, train=training)
-    except RuntimeError:
-        fetch = f"torchvision.datasets.CIFAR10({folder!r}, download=True)"
-        raise ValueError(f"no CIFAR-10 in {folder}, or not all of it: {fetch} fetches it") from None
+    SOURCES[config.dataset].check(config)
 
 
 def open_dataset(config: DataConfig, size: int, seed: int, split: str, directory: Path = Path()) -> ImageDataset | None:
-    """The training ("train") or held-out ("val") part of a data set; None when a folder has no val/.
+    """The training ("train") or held-out ("val") part of a data set; None when nothing is held out.
 
     With --on_bad_image skip, DIRECTORY/bad_images_SPLIT.txt lists the bad ones.
     """
     check_dataset(config)
-    training, record = split == "train", {"dataset": config.dataset, "augment": config.augment}
-    if config.dataset == "digits":
-        return ImageDataset(
-            digits(training), [str(d) for d in range(10)], shift_and_rotate, size, seed, training, record=record
-        )
-    if config.dataset == "cifar10":
-        source = open_cifar10(config.data_path, training)
-        return ImageDataset(source, source.classes, centre_crop, size, seed, training, record=record)
-    folder = Path(config.data_path) / split
-    if not training and not folder.is_dir():
+    kind = SOURCES[config.dataset]
+    source = kind.open(config, split)
+    if source is None:
         return None
-    source = ClassFolders(folder)
-    if source.left_out:
-        notice(name_left_out(source.left_out))
-    if source.classes != class_names_in(folder.parent / "train"):
-        raise ValueError(f"the classes in {folder} are not those in {folder.parent / 'train'}")
     listed = directory / f"bad_images_{split}.txt"
     skip = SkipBad(listed, config.bad_image_limit) if config.on_bad_image == "skip" else None
-    view = {"crop": adm_crop, "flip": centre_crop, "var": var_crop, "flowar": flowar_crop}[config.augment]
-    return ImageDataset(source, source.classes, view, size, seed, training, skip, record)
+    view, record = kind.view or AUGMENTS[config.augment], {"dataset": config.dataset, "augment": config.augment}
+    return ImageDataset(source, source.classes, view, size, seed, split == "train", skip, record)
 
 
 def open_splits(config: DataConfig, size: int, seed: int, directory: Path) -> tuple[ImageDataset, ImageDataset | None]:
@@ -275,8 +241,9 @@ def loader_workers(wanted: int) -> int:
 
 
 def make_loader(dataset: Any, sampler: Sampler | Sequence[list[Key]], workers: int, device: torch.device) -> DataLoader:
-    """Batches (images or codes, labels) in the sampler's order. For `workers` see `loader_workers`."""
+    """Batches (images of bytes or codes, labels) in the sampler's order. For `workers` see `loader_workers`."""
     workers = loader_workers(workers)
+    dataset = AsBytes(dataset) if isinstance(dataset, ImageDataset) else dataset
     return DataLoader(
         dataset,
         batch_sampler=sampler,

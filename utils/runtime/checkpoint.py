@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten_with_path
 from utils.runtime.entry import check_output_file, entry
 from utils.runtime.files import digest, flush, read_sealed, read_tensors, replacing, save_tensors, write_sealed
 from utils.runtime.flags import Parser
+from utils.runtime.process import release_freed_memory
 
 StateDict = dict[str, Tensor]
 
@@ -169,6 +170,7 @@ class Checkpoints:
         job, self.job = self.job, None
         if job is not None:
             job.result()
+            release_freed_memory()  # of the copies: more than three times the weights
 
     def close(self) -> None:
         """Wait for the write under way, after an error too."""

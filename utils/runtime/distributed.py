@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import os
-import sys
+import socket
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-from utils.runtime.process import die_with_parent
+from utils.runtime.process import die_with_parent, keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -72,20 +71,25 @@ class Ranks:
 def data_parallel(module: nn.Module) -> DistributedDataParallel:
     """DDP without a broadcast of buffers at each forward: no buffer here ever changes."""
     # torch 2.15 renames the option.
-    options = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     # 1×1 convolutions report their gradients' strides differently from DDP's buckets; nothing is slower for it.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    return DistributedDataParallel(module, **{name: False})  # type: ignore[arg-type]
+    options = {name: False, "gradient_as_bucket_view": True}  # the second: gradients stand in memory once, not twice
+    return DistributedDataParallel(module, **options)  # type: ignore[arg-type]
 
 
-def shard(model: nn.Module, units: Iterable[nn.Module], methods: Sequence[str] = ()) -> None:
-    """FSDP2 in place: every rank keeps its share of each unit, and gathers a unit when it runs.
+def shard(model: nn.Module, units: Iterable[nn.Module], dtype: torch.dtype, methods: Sequence[str] = ()) -> None:
+    """FSDP2 in place: every rank keeps its share of each unit, in fp32, and gathers a unit when it runs, in `dtype`.
 
-    `methods` are those, beside `forward`, by which the model is called.
+    Gradients are summed over the ranks in fp32. What lies in no unit is gathered in fp32. `methods` are those, beside
+    `forward`, by which the model is called.
     """
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # the residual stream stays as it is
+    if dtype != torch.float32:
+        policy = replace(policy, param_dtype=dtype, reduce_dtype=torch.float32)
     for unit in units:
-        fully_shard(unit)
+        fully_shard(unit, mp_policy=policy)
     fully_shard(model)
     for method in methods:
         register_fsdp_forward_method(model, method)
@@ -123,19 +127,18 @@ def to_local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed. By default it returns each large tensor to the system, and faults it in again page
-    by page when the next one is made: a sixth of the tokenizer's time on a CPU."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            mallopt(option, 2**31 - 1)
+def settle(device: torch.device) -> torch.device:
+    """Settings of this process for work on a device. Returns the device."""
+    keep_freed_memory()
+    if device.type == "cuda":
+        # cuDNN plans a kernel for each shape, and drawn schedules have thousands: flash and the others have one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
 
 
 def alone() -> Ranks:
     """One process, on its GPU or CPU, whatever the environment says of others."""
-    keep_freed_memory()
-    return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return Ranks(0, 1, settle(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -162,7 +165,6 @@ def check_launch() -> None:
 @contextmanager
 def ranks(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
     """Join the process group that torchrun describes in the environment, or run alone."""
-    keep_freed_memory()
     check_launch()
     local = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
@@ -172,6 +174,7 @@ def ranks(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+    settle(device)
     if "RANK" not in os.environ:
         yield Ranks(0, 1, device)
         return
@@ -183,6 +186,11 @@ def ranks(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"the ranks cannot meet at {where} (MASTER_ADDR:MASTER_PORT): {first}") from None
+    except RuntimeError as error:  # gloo, which all ranks' numbers go over, found no network interface
+        wanted, names = os.environ.get("GLOO_SOCKET_IFNAME"), ", ".join(name for _, name in socket.if_nameindex())
+        tried = f"named {wanted}" if wanted else f"with the address of this host, {socket.gethostname()}"
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"no network interface {tried}: set GLOO_SOCKET_IFNAME to one of {names} ({first})") from None
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     finally:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -28,13 +30,13 @@ class BadImage(ValueError):
         super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.BadImage: "))
 
 
-def read_image(path: str | Path, background: str = "white") -> Image.Image:
-    """An RGB picture, upright as its EXIF says, transparent parts over `background`. Raises BadImage."""
+def read_image(file: str | Path | BinaryIO, background: str = "white", name: str = "") -> Image.Image:
+    """An RGB picture, upright as its EXIF says, transparent parts over `background`. Raises BadImage, with its name."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return upright_rgb(image, background)
     except Exception as error:  # whatever a decoder raises is this file's fault
-        raise BadImage(f"cannot use the image {path}: {error}") from None
+        raise BadImage(f"cannot use the image {name or file}: {error}") from None
 
 
 def upright_rgb(image: Image.Image, background: str = "white") -> Image.Image:
@@ -142,6 +144,36 @@ def class_names_in(folder: str | Path) -> list[str]:
         raise ValueError(f"{folder}: {error.strerror}") from None
 
 
+class FileList(Sequence[tuple[str, int]]):
+    """Files of a folder and their class ids, in two arrays and one string of bytes.
+
+    A list of a million tuples is 240 MB, and of each loader's worker its own, for whoever looks at an object writes to
+    it. These are 40 MB, once.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self.names, self.ends, self.labels = bytearray(), array("q"), array("q")
+
+    def extend(self, paths: Iterable[str], label: int) -> None:
+        """Add files below the folder."""
+        for path in paths:
+            self.names += os.fsencode(path[len(self.folder) :])
+            self.ends.append(len(self.names))
+            self.labels.append(label)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def,override]
+        """Path and class id of a file; of a slice, a list of them."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]  # counts from the end, and raises IndexError
+        start = self.ends[index - 1] if index else 0
+        return self.folder + os.fsdecode(bytes(self.names[start : self.ends[index]])), self.labels[index]
+
+
 class ClassFolders:
     """The images in FOLDER/<class>/ as a sequence of (image, class id), classes in the order of their sorted names.
 
@@ -151,7 +183,7 @@ class ClassFolders:
     def __init__(self, folder: str | Path):
         self.folder = folder = str(folder)
         self.classes = class_names_in(folder)
-        self.samples: list[tuple[str, int]] = []  # path, class id
+        self.samples = FileList(folder)
         beside = [found for found in os.scandir(folder) if found.name not in self.classes]
         self.left_out = [found.path for found in beside if is_hidden(found.name)]
         self.others = Counter(suffix_of(found.name) for found in beside if not is_hidden(found.name))
@@ -159,7 +191,7 @@ class ClassFolders:
         for label, name in enumerate(self.classes):
             check_name(os.path.join(folder, name))
             tree = walk_images(os.path.join(folder, name))
-            self.samples += [(path, label) for path in tree.images]
+            self.samples.extend(tree.images, label)
             self.left_out += tree.left_out
             self.others += tree.others
             empty += [] if tree.images else [name]

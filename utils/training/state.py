@@ -58,11 +58,11 @@ class TrainingState:
         self.auxiliary = {name: module.to(ranks.device) for name, module in (auxiliary or {}).items()}
         self.ema = MovingAverage(self.model, optim.ema) if optim.ema else None
         self.network = (forward or model).to(ranks.device)
+        self.precision = Precision(optim.precision, ranks.device)
         if ranks.world > 1:
             self.wrap_distributed()
         self.networks = [self.network]  # whose gradients are averaged over the ranks
         self.optimizer = make_optimizer([model, *self.auxiliary.values()], optim)
-        self.precision = Precision(optim.precision, ranks.device)
         self.micro_batch = optim.micro_batch or optim.bs // ranks.world
         self.accumulate = accumulation(optim.bs, self.micro_batch, ranks.world)
         self.checkpoints = Checkpoints(self.directory, config.run.keep)

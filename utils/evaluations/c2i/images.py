@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from utils.config.sampling import EvalConfig
+from utils.data.hub import is_hub, open_named
 from utils.data.images import adm_crop
 from utils.evaluations.c2i.features import Extractor
 from utils.runtime.entry import notice
@@ -78,47 +81,80 @@ def npz_array(path: Path, name: str) -> np.ndarray | None:
         raise ValueError(f"cannot read {path} as an npz file: {error}") from None
 
 
-class FolderImages:
-    """All images below a folder, centre-cropped when a size is given.
+class Pictures(ABC):
+    """Pictures of a folder or a data set, centre-cropped when a size is given.
 
-    They come in a permutation of their sorted paths, drawn from `seed`: the Inception Score splits runs of consecutive
+    They come in a permutation of their order there, drawn from `seed`: the Inception Score splits runs of consecutive
     images, which in the order of class folders would be of few classes. Without a size all must have one, or
     ValueError is raised.
     """
 
-    def __init__(self, folder: Path, size: int = 0, seed: int = 0):
-        tree = walk_images(folder)
-        if not tree.images:
-            raise ValueError(f"{folder} holds no images")
-        if tree.left_out:
-            notice(name_left_out(tree.left_out))
-        order = torch.randperm(len(tree.images), generator=torch.Generator().manual_seed(seed))
-        self.files = [tree.images[i] for i in order]
-        self.folder, self.size = folder, size
+    def __init__(self, named: str | Path, names: Sequence, size: int, seed: int):
+        """`names` are what `read` and `size_of` take."""
+        if not len(names):
+            raise ValueError(f"{named} holds no images")
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
+        self.files = [names[i] for i in order]
+        self.named, self.size = named, size
         if not size:
-            self.check_sizes(tree.images)
+            self.check_sizes(names)
 
-    def check_sizes(self, files: list[str]) -> None:
+    @abstractmethod
+    def read(self, name: Any) -> Image.Image:
+        """A picture, upright and RGB."""
+
+    @abstractmethod
+    def size_of(self, name: Any) -> tuple[int, int]:
+        """Width and height of that picture."""
+
+    def check_sizes(self, names: Sequence) -> None:
         """Raises ValueError unless all images are of one size: all, so that no batch size changes the verdict."""
-        (width, height), first = image_size(files[0]), files[0]
+        (width, height), first = self.size_of(names[0]), names[0]
         with ThreadPoolExecutor(8) as pool:
-            for file, size in zip(files, pool.map(image_size, files), strict=True):
+            for name, size in zip(names, pool.map(self.size_of, names), strict=True):
                 if size != (width, height):
-                    different = f"{first} is {width}×{height}, {file} {size[0]}×{size[1]}"
+                    different = f"{first} is {width}×{height}, {name} {size[0]}×{size[1]}"
                     raise ValueError(
-                        f"the images in {self.folder} differ in size: give --image_size to crop them ({different})"
+                        f"the images in {self.named} differ in size: give --image_size to crop them ({different})"
                     )
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, path: str) -> Tensor:
-        image = read_image(path)
-        image = adm_crop(image, self.size, None) if self.size else image
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
     def batch(self, indices: range) -> Tensor:
-        return torch.stack([self.read(self.files[i]) for i in indices])
+        images = [self.read(self.files[i]) for i in indices]
+        images = [adm_crop(image, self.size, None) if self.size else image for image in images]
+        return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+
+
+class FolderImages(Pictures):
+    """All images below a folder."""
+
+    def __init__(self, folder: Path, size: int = 0, seed: int = 0):
+        tree = walk_images(folder)
+        if tree.left_out:
+            notice(name_left_out(tree.left_out))
+        super().__init__(folder, tree.images, size, seed)
+
+    def read(self, name: str) -> Image.Image:
+        return read_image(name)
+
+    def size_of(self, name: str) -> tuple[int, int]:
+        return image_size(name)
+
+
+class HubPictures(Pictures):
+    """All images of a split of a Hub data set."""
+
+    def __init__(self, named: str, size: int = 0, seed: int = 0):
+        self.source = open_named(named)
+        super().__init__(named, range(len(self.source)), size, seed)
+
+    def read(self, name: int) -> Image.Image:
+        return self.source.picture(name)
+
+    def size_of(self, name: int) -> tuple[int, int]:
+        return self.read(name).size
 
 
 class Resized:
@@ -137,6 +173,9 @@ class Resized:
 
 def fingerprint(path: Path) -> str:
     """SHA-256 over the names, sizes and times of change of a file, or of all images below a folder."""
+    if is_hub(str(path)):
+        source = open_named(str(path))
+        return source.files_digest(str(path.parent))
     files = walk_images(path).images if path.is_dir() else [str(path)]
     return digest_of_stats(files, path.parent)
 
@@ -148,7 +187,13 @@ def describe_images(path: str, config: EvalConfig, extractor: Extractor) -> dict
 
 
 def open_images(path: str | Path, size: int = 0, seed: int = 0) -> ImageSource:
-    """An npz file or a folder of images, these centre-cropped to `size` and in an order of `seed`."""
+    """An npz file, a folder of images or a Hub data set, these centre-cropped to `size` and in an order of `seed`.
+
+    A Hub data set is `hub:NAME`, or a directory that save_to_disk wrote; `@SPLIT` after it names another split than
+    train.
+    """
+    if is_hub(str(path)):
+        return HubPictures(str(path), size, seed)
     path = Path(path)
     if path.is_dir():
         return FolderImages(path, size, seed)

@@ -1,0 +1,109 @@
+"""Estimates against what really happens on a CPU, and against known numbers."""
+
+import pytest
+import torch
+
+from models import VQVAE, FlexVARConfig, ScaleSchedule
+from models.scales import DEFAULT_SCHEDULE
+from tests.conftest import ALONE, config_of, tool
+from tests.test_every_generator import MORE, files, flags_of  # noqa: F401
+from train import build, main, sized_model
+from utils.config.training import SARConfig
+from utils.training import estimate as module
+from utils.training.estimate import Estimate, estimate, kept, products, shapes_only, without_values
+
+TF = SARConfig(training_mode="teacher_forcing")
+
+
+def saved_bytes(trainer, batch) -> int:
+    """Bytes that autograd really keeps of a pass of teacher forcing."""
+    own = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    seen = {}
+
+    def count(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    schedule, tokens = trainer.config.model.scales, batch.tokens(trainer.config.model.scales)
+    inputs = trainer.inputs(tokens, schedule)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        loss = trainer.predict(batch.labels, inputs, tokens, schedule).loss
+    found = sum(seen.values())
+    del loss
+    return found
+
+
+@pytest.mark.parametrize("kind", ["flexvar", "hybrid", "var", "flowar"])
+def test_what_autograd_keeps_is_what_it_keeps(kind, files, tmp_path):  # noqa: F811
+    flags = [*flags_of(kind, files), "--logger_type=none", f"--out_dir={tmp_path}"]
+    trainer = build(config_of(flags, "--pn=1_2_4", "--width=128"), ALONE)
+    real, counted, schedule = [], [], trainer.config.model.scales
+    for n in (2, 6):
+        images, labels = torch.rand(n, 3, 16, 16), torch.zeros(n, dtype=torch.long)
+        trainer.model.train()
+        real.append(saved_bytes(trainer, trainer.encode(images, labels, schedule)))
+    with torch.device("meta"):
+        model, vae = trainer.model.config.build(), trainer.vae.config.build()
+    with shapes_only(torch.float32):
+        without_values(model), without_values(vae)
+        counted = [kept(model, vae, schedule, schedule, n) for n in (2, 6)]
+    assert counted[1] - counted[0] == pytest.approx(real[1] - real[0], rel=0.08)
+
+
+@pytest.mark.parametrize(("depth", "teraflop"), [(16, 0.305), (24, 0.986)])
+def test_counted_products_are_the_known_ones(depth, teraflop):
+    with torch.device("meta"):
+        model, vae = FlexVARConfig(depth=depth).build(), VQVAE()
+    with shapes_only(torch.bfloat16):
+        without_values(model), without_values(vae)
+        found = products(model, vae, DEFAULT_SCHEDULE, DEFAULT_SCHEDULE)
+    assert found / 1e12 == pytest.approx(teraflop, rel=0.02)
+
+
+def test_what_costs_more_is_estimated_to_cost_more():
+    config, vae = FlexVARConfig(depth=4, width=256), VQVAE()
+    schedule = ScaleSchedule((1, 2, 4, 8))
+
+    def found(sar=TF, dtype=torch.bfloat16, **more) -> Estimate:
+        return estimate(config, vae, schedule, sar, dtype, **more)
+
+    plain, sar, last = found(), found(SARConfig()), found(SARConfig(ssr="last"))
+    assert plain.image < last.image < sar.image == pytest.approx(2 * plain.image, rel=0.05)
+    assert plain.flops < last.flops < sar.flops
+    argmax, guided = (found(SARConfig(rollout=r), cached=True) for r in ("argmax", "cfg"))
+    assert (guided.flops - argmax.flops) * 6 == pytest.approx(argmax.flops, rel=0.01)  # one forward more than six
+    assert found(dtype=torch.float32).image > 1.3 * plain.image
+    assert found(checkpointed=True).image < 0.5 * plain.image
+    assert found(ema=True).fixed - plain.fixed == 4 * plain.parameters
+    assert found(cached=True).flops < plain.flops
+    assert plain.micro_batch(80) > plain.micro_batch(24) > 0
+    assert not torch.is_autocast_enabled("cuda")  # nothing of it stays
+
+
+def test_check_prints_the_cost_of_the_given_flags(flags):
+    status, out, said = tool(main, *flags, "--check")
+    assert status == 0, said
+    assert "estimate, nothing of it measured: csfl of a flexvar of 0 M parameters in bf16, 21 tokens" in out
+    assert "--micro_batch: " in out
+    for part in ("fit 24 GB", "fit 40 GB", "fit 80 GB", "h on one A100", "GB a checkpoint"):
+        assert part in out
+    more = tool(main, *flags, "--check", "--training_mode=teacher_forcing")[1]
+    assert more.splitlines()[1] != out.splitlines()[1]
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_every_generator_can_be_estimated(kind, files, tmp_path):  # noqa: F811
+    config = config_of([*flags_of(kind, files), f"--out_dir={tmp_path}"])
+    vae = build(config, ALONE).vae
+    found = estimate(sized_model(config.model, vae, 10), vae, config.model.scales, config.sar)
+    assert found.image > 0
+    assert found.flops > 0
+
+
+def test_the_table_has_a_row_for_each_size_and_form(monkeypatch):
+    monkeypatch.setattr(module, "DEFAULT_SCHEDULE", ScaleSchedule((1, 2, 3)))
+    rows = module.table().splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows[::3]] == ["d16 TF", "d20 TF", "d24 TF"]
+    assert len(rows) == 9
