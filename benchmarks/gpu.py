@@ -181,7 +181,7 @@ def measured_step(step: Step, place: Stage, directory: Path, batch: int) -> Row:
 
 
 def count_waits(call: Callable[[], object], device: torch.device) -> int | str:
-    """How often the host waited for the GPU."""
+    """Count of waits of the host for the GPU."""
     if device.type != "cuda":
         call()
         return "no GPU"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -246,6 +247,17 @@ def test_changed_arrays_are_noticed_too(tmp_path, small_vae_file, monkeypatch):
     monkeypatch.setattr(InMemory, "files_digest", lambda self, path: real(self, path)[::-1])
     with pytest.raises(ValueError, match="images changed"):
         build(flags_of(small_vae_file, tmp_path / "c", crops=1), ALONE)
+
+
+def test_a_cache_in_tf32_says_so_and_is_another_one(cache, small_vae_file, tmp_path):
+    shutil.copytree(cache, tmp_path / "c")
+    flags = flags_of(small_vae_file, tmp_path / "c")
+    rounded = replace(flags, cache=replace(flags.cache, encode_tf32=True))
+    with pytest.raises(ValueError, match="cache of other settings: encode_tf32"):
+        build(rounded, ALONE)
+    assert CodeCache(cache, "train").record["encode_tf32"] is False
+    build(replace(rounded, cache=replace(rounded.cache, out=str(tmp_path / "other"))), ALONE)
+    assert CodeCache(tmp_path / "other", "train").record["encode_tf32"] is True
 
 
 def test_a_cache_of_before_still_goes_on(cache, small_vae_file, tmp_path):

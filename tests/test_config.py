@@ -249,6 +249,10 @@ def test_large_seeds_order_the_data():
 
 
 UNREAD = [
+    (TrainConfig, ["--image_column=a"], "--image_column"),
+    (TrainConfig, ["--supervision=image_pixels"], "--supervision latent or image"),
+    (TrainConfig, ["--dataset=digits", "--label_column=a"], "--label_column"),
+    (TrainConfig, ["--code_cache=codes", "--encode_tf32"], "--encode_tf32"),
     (EvalConfig, ["--guidance=none", "--cfg=3"], "--cfg"),
     (EvalConfig, ["--guidance=none", "--sweep_cfg=1,2"], "--sweep_cfg"),
     (EvalConfig, ["--samples=a", "--ckpt=b"], "--ckpt"),

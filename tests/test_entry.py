@@ -25,8 +25,9 @@ ENTRIES = [
     *("utils.data.code_cache", "utils.data.check", "utils.runtime.checkpoint", "utils.evaluations.c2i.setup"),
     *("experiments.figures", "experiments.flags_page"),
     *("experiments.quickstart", "experiments.study_cifar10", "experiments.study_digits", "experiments.study_hybrid"),
-    *("experiments.report_cifar10", "utils.tokenizer.scaling"),
+    *("experiments.report_cifar10", "experiments.study_table1", "utils.tokenizer.scaling", "utils.training.estimate"),
     *("benchmarks.attention", "benchmarks.data", "benchmarks.sample", "benchmarks.train_step"),
+    *("benchmarks.compare", "benchmarks.gpu"),
 ]
 
 
@@ -141,6 +142,20 @@ def test_a_port_in_use_is_one_line(busy_port, spy, monkeypatch):
     monkeypatch.setattr("utils.runtime.distributed.die_with_parent", lambda: None)
     with pytest.raises(ValueError, match=f"cannot meet at 127.0.0.1:{busy_port}"), ranks():
         pass
+
+
+def test_a_network_interface_that_is_not_there_is_one_line():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = str(server.getsockname()[1])
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    code = "from utils.runtime.distributed import ranks\nfrom utils.runtime.entry import entry\n"
+    code += "@entry\ndef main():\n    with ranks(): pass\nmain()"
+    done = run(sys.executable, "-c", code, check=False, GLOO_SOCKET_IFNAME="nosuch", **alone)
+    assert done.returncode == 1
+    line = done.stderr.strip().splitlines()[-1]
+    assert "no network interface named nosuch: set GLOO_SOCKET_IFNAME to one of " in line
+    assert "lo" in line
 
 
 WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1234", "LOCAL_RANK": "0"}

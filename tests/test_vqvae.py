@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from models.vqvae import VQVAE, Quantizer, VQVAEConfig
-from tests.conftest import manifest, worst
+from tests.conftest import ALONE, config_of, manifest, worst
+from train import build
 
 
 def test_latent_codes_and_reconstruction_equal_the_released_ones(vae, expected):
@@ -45,6 +46,15 @@ def test_autocast_does_not_change_codes(vae, expected):
 def test_wrong_image_side_is_named(vae):
     with pytest.raises(ValueError, match="multiples of 16"):
         vae.encode(torch.zeros(1, 3, 60, 64))
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_images_are_encoded_in_tf32_only_when_asked(asked, vae, expected, schedule, flags, monkeypatch):
+    seen, encode = [], VQVAE.encode
+    monkeypatch.setattr(VQVAE, "encode", lambda *args: seen.append(torch.backends.cudnn.allow_tf32) or encode(*args))
+    trainer = build(config_of(flags, *(["--encode_tf32"] if asked else [])), ALONE)
+    trainer.micro_loss(torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.long))
+    assert seen == [asked]
 
 
 @pytest.mark.parametrize("supervision", ["latent", "image"])

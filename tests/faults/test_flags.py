@@ -67,6 +67,8 @@ ELSEWHERE = {
         "tests/test_flowar.py, tests/test_every_generator.py",
     ),
     "parallel": "tests/test_speed.py: two ranks",
+    "encode_tf32": "tests/test_vqvae.py: on a GPU",
+    **dict.fromkeys(["image_column", "label_column"], "tests/test_sources.py"),
     "out_dir": "all of this file",
     "check": "tests/test_scripts.py",
     "allow_change": "below",

@@ -189,7 +189,7 @@ def estimate(
 
 
 def lines_of(found: Estimate, what: str, images: float, keep: int, ema: bool) -> list[str]:
-    """What `train.py --check` says."""
+    """Lines that `train.py --check` prints."""
     fits = ", ".join(f"{found.micro_batch(size)} fit {size} GB" for size in MEMORY)
     hours = ", ".join(f"{found.hours(images, card):,.0f} h on one {card}" for card in CARDS)
     checkpoint = found.parameters * (12 + 4 * ema) / 1e9
@@ -203,7 +203,7 @@ def lines_of(found: Estimate, what: str, images: float, keep: int, ema: bool) ->
 
 
 def table() -> str:
-    """Which --micro_batch fits, and hours of ten epochs of ImageNet, for FlexVAR's sizes in bf16."""
+    """Table of FlexVAR's sizes in bf16: the largest --micro_batch, and hours of ten epochs of ImageNet."""
     rows, vae = [], VQVAE()
     forms = {
         "TF": SARConfig(training_mode="teacher_forcing"),
