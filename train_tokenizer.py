@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.discriminator import Discriminator
 from models.generators import TOKENIZERS
 from models.sampling import evaluating
-from models.tokenizer import Tokenizer
+from models.tokenizer import Tokenizer, from_bytes
 from models.weights import find_weights, load_strictly, read_state_dict
 from pretrained.download import offer
 from utils.config.tokenizer import TokenizerTrainConfig
@@ -78,7 +78,7 @@ class TokenizerTrainer(Loop):
         return {**super().invariants(), "discriminator": network}
 
     def micro_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
-        sides = self.sides()
+        images, sides = from_bytes(images), self.sides()
         judge = self.auxiliary["discriminator"] if self.adversarial() else None
         with self.precision.autocast():
             found = self.network(images, sides, judge)
@@ -136,7 +136,7 @@ class TokenizerTrainer(Loop):
     def validation_losses(self, images: Tensor, labels: Tensor) -> Metrics:
         """At every side: mean squared error of the reconstruction, in [-1, 1] units and at that side's resolution, and
         how often each row is chosen (V,)."""
-        schedule, found = self.config.model.scales, {}
+        images, schedule, found = from_bytes(images), self.config.model.scales, {}
         codes = self.model.tokenize(images, schedule.sides)
         for s in schedule.sides:
             made = self.model.decode_at(codes, s, schedule)

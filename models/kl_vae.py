@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.autoencoder import Decoder, Encoder, levels_with_attention, network_sizes
 from models.scales import ScaleSchedule
-from models.tokenizer import KnownCodes, Quantised, Tokenizer, area, exact_convolutions
+from models.tokenizer import KnownCodes, Quantised, Tokenizer, area, exact_convolutions, from_bytes
 from models.vqvae import AttnBlock, VQVAEConfig
 
 NO_VARIANCE = -60.0  # a log-variance whose noise is nothing, in half precision, too
@@ -195,7 +195,7 @@ class KLAutoencoder(Tokenizer):
     def to_cache(self, images: Tensor, sides: ScaleSchedule, supervision: str) -> Tensor:
         """Means and log-variances (B, n) in fp16, of the finest side or of each: noise is fresh in every step."""
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False), exact_convolutions(self.tf32):
-            found = self.moments_of(images.float(), sides.sides, supervision)
+            found = self.moments_of(from_bytes(images), sides.sides, supervision)
         return torch.cat([x.flatten(1) for pair in found.values() for x in pair], dim=1).half().cpu()
 
     def from_cache(

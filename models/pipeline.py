@@ -79,7 +79,7 @@ class SARPipeline(
         sizes = asdict(vae.config), asdict(model.config), list(schedule.sides)
         with torch.device("meta"):
             pipeline = cls(*sizes, class_names, supervision, max_pn)
-        pipeline.vae, pipeline.model = vae, model
+        pipeline.vae, pipeline.model = vae.to(memory_format=torch.channels_last), model
         return pipeline.eval()
 
     @classmethod

@@ -81,6 +81,7 @@ class ResidualVQVAE(Tokenizer):
     """Images in [-1, 1] ↔ codes of the sides of one schedule, each of which adds to what the coarser ones say."""
 
     config: ResidualVQVAEConfig
+    supervisions = ("latent",)
 
     def __init__(self, config: ResidualVQVAEConfig | None = None):
         super().__init__()

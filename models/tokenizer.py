@@ -54,19 +54,18 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def tokenize(self, images: Tensor, sides: Sequence[int], supervision: str = "latent") -> dict[int, Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] → their codes at these sides, {s: (B, s²)}.
+        """Images (B, 3, H, W) in [-1, 1], or of bytes → their codes at these sides, {s: (B, s²)}.
 
         A scale's codes come from the image's latent, resized by area to the scale ("latent"), or from the latent of the
         image resized to the scale's resolution ("image"). In full fp32, whatever precision the caller works in; with
         `tf32` its convolutions are in TF32.
         Raises ValueError for a supervision that this tokenizer does not know.
         """
-        assert images.is_floating_point(), "images of bytes: see from_bytes"
         if supervision not in self.supervisions:
             known = " or ".join(self.supervisions)
             raise ValueError(f"{type(self).__name__} goes with --supervision {known}, not {supervision}")
         with torch.autocast(images.device.type, enabled=False), exact_convolutions(self.tf32):
-            return self.codes_of_images(images.float(), sides, supervision)
+            return self.codes_of_images(from_bytes(images), sides, supervision)
 
     @abstractmethod
     def codes_of_images(self, images: Tensor, sides: Sequence[int], supervision: str) -> dict[int, Tensor]:
@@ -180,8 +179,8 @@ def exact_convolutions(tf32: bool = False) -> AbstractContextManager:
 
 
 def from_bytes(images: Tensor) -> Tensor:
-    """Images of bytes → fp32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    """Images of bytes → fp32 in [-1, 1]; floats are so already."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
 
 
 def to_bytes(images: Tensor) -> Tensor:

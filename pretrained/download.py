@@ -35,7 +35,8 @@ DIGESTS = {
     "FlowAR-L.pth": "f63b1159b5dc0e1e7b017af51f7524e50fe3a743112e60d21184258f05a97565",
     "FlowAR-H.pth": "a413fc1b71f8e2948729f3ff70943d9bf09484dc2ca36de593487adcd2160af0",
 }
-HERE = Path(__file__).resolve().parent
+# Of a checkout its own folder; of an installed copy one where the user is.
+HERE = Path("pretrained").resolve() if (__package__ or "").startswith("sar.") else Path(__file__).resolve().parent
 
 
 def download(name: str, directory: Path = HERE) -> Path:
@@ -50,6 +51,7 @@ def download(name: str, directory: Path = HERE) -> Path:
         return target
     from huggingface_hub import hf_hub_download
 
+    directory.mkdir(parents=True, exist_ok=True)
     unchecked = directory / ".unchecked"
     try:
         found = Path(hf_hub_download(FILES[name], name, local_dir=unchecked))

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from models.scales import ScaleSchedule
-from models.tokenizer import from_bytes
 from tests.conftest import ALONE, ROOT, config_of, run, torchrun
 from train import build as build_trainer
 from utils.config.training import DataConfig
@@ -63,7 +62,7 @@ def test_codes_equal_those_encoded_on_the_fly(cache, tiny_vae):
         found = cached.code_batch(tiny_vae, codes, labels, schedule)
         seen = [(epoch % 3 if split == "train" else 0, index) for epoch, index in keys]
         images, wanted_labels = next(iter(make_loader(views, [seen], 0, ALONE.device)))
-        wanted = encode_batch(tiny_vae, from_bytes(images), wanted_labels, schedule)
+        wanted = encode_batch(tiny_vae, images, wanted_labels, schedule)
         assert torch.equal(found.labels, wanted.labels)
         assert torch.equal(found.tokens(schedule), wanted.tokens(schedule))
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from models.run_record import find_run, schedule_of
 from models.scales import ScaleSchedule
-from models.tokenizer import Tokenizer, from_bytes
+from models.tokenizer import Tokenizer
 from models.weights import digest_of, load_tokenizer
 from utils.config.training import DataConfig, check_timeout
 from utils.data.datasets import CodeBatch, ImageDataset, Key, batches_of, loader_workers, open_splits
@@ -218,7 +218,7 @@ def encode_shards(
             rows, classes = [], []
             for _ in range(0, len(shard), at_once):
                 images, labels = next(read)  # (n, crops, 3, size, size), (n,)
-                images = from_bytes(images.flatten(0, 1).to(device, non_blocking=True))
+                images = images.flatten(0, 1).to(device, non_blocking=True)
                 rows.append(vae.to_cache(images, sides, flags.cache.supervision).numpy())
                 classes.append(labels.numpy())
                 progress.update(len(images))

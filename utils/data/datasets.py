@@ -119,7 +119,7 @@ class ImageDataset(Dataset):
 class AsBytes(Dataset):
     """Images as a loader hands them over, (B, 3, size, size) uint8, and labels (B,): a quarter of what floats take.
 
-    `from_bytes` makes floats of them, on the device.
+    `from_bytes` makes floats of them, on the device; `Tokenizer.tokenize` takes them as they are.
     """
 
     def __init__(self, views: ImageDataset):

@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.runtime.entry import notice
-from utils.runtime.files import digest_of_stats, replacing
+from utils.runtime.files import digest_of_stats, read_arrays, save_arrays
 from utils.runtime.image_files import BadImage, read_image
 
 if TYPE_CHECKING:
@@ -105,11 +105,10 @@ def index_of(path: Path) -> dict[str, np.ndarray]:
     stat, key = path.stat(), hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     places = [path.with_name(f"{path.name}.index.npz"), CACHE / f"{key}.index.npz"]
     stamp = np.array([VERSION, stat.st_size, stat.st_mtime_ns])
-    for place in places:
-        if place.is_file():
-            with np.load(place) as found:
-                if np.array_equal(found["stamp"], stamp):
-                    return {name: found[name] for name in found.files}
+    for place in filter(Path.is_file, places):
+        found = read_arrays(place)
+        if np.array_equal(found.get("stamp"), stamp):
+            return found
     notice(f"listing {path}, once")
     rows: list[tuple[str, int, int, int]] = []  # name, start, size, number of the tar within
     tars: list[str] = []
@@ -120,14 +119,13 @@ def index_of(path: Path) -> dict[str, np.ndarray]:
             rows.append((file, at, length, len(tars)))
         tars.append(Path(name).stem)
     found = {
-        "stamp": stamp, "names": np.array([row[0] for row in rows]), "tars": np.array(tars),
+        "stamp": stamp, "names": np.array([os.fsencode(row[0]) for row in rows]), "tars": np.array(tars),
         **{name: np.array([row[i] for row in rows], dtype=np.int64) for name, i in COLUMNS.items()},
     }  # fmt: skip
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(place) as partial, partial.open("wb") as out:
-                np.savez(out, **found)
+            save_arrays(place, found)
             break
         except OSError:  # a data set that cannot be written to: the other place
             continue
@@ -158,7 +156,7 @@ def open_tar(config: DataConfig, split: str) -> TarImages | None:
         return None
     index, ids = index_of(folder / VAL), {name: i for i, name in enumerate(classes)}
     try:
-        labels = np.array([ids[names[Path(name).name]] for name in index["names"].tolist()])
+        labels = np.array([ids[names[Path(os.fsdecode(name)).name]] for name in index["names"].tolist()])
     except KeyError as error:
         raise ValueError(
             f"{folder / VAL}: {error} is in no list of classes, or not among the training classes"

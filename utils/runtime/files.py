@@ -93,6 +93,21 @@ def save_array(path: Path, array: np.ndarray) -> None:
         np.save(partial, array)
 
 
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Arrays by name as .npz, whole or not at all."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Arrays of an .npz file by name. Raises ValueError when it cannot be read; pickled objects are not."""
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            return {name: found[name] for name in found.files}
+    except Exception as error:  # whatever a reader raises is this file's fault
+        raise ValueError(f"cannot read {path}: {error}") from None
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """A .safetensors file."""
     with replacing(path) as partial:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from models.sampling import evaluating
-from models.tokenizer import from_bytes
 from utils.data.datasets import Examples, StepSampler, batches_of, linspace_indices, make_loader
 from utils.reporting.pictures import save_picture
 from utils.runtime.distributed import Ranks, check_launch, ranks
@@ -83,7 +82,7 @@ class Loop(TrainingState, ABC):
 
     @abstractmethod
     def micro_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
-        """Loss of one micro-batch and what to log of it: images (B, 3, H, W) in [-1, 1], or whatever else the data set
+        """Loss of one micro-batch and what to log of it: images (B, 3, H, W) of bytes, or whatever else the data set
         yields, and class ids (B,)."""
 
     def on_step_end(self, skip: Tensor) -> None:
@@ -153,7 +152,7 @@ class Loop(TrainingState, ABC):
         """One optimiser step over the micro-batches of this rank."""
         optim, total = self.config.optim, torch.zeros((), device=self.ranks.device)
         for i in range(self.accumulate):
-            images, labels = self.on_device(next(batches))
+            images, labels = (x.to(self.ranks.device, non_blocking=True) for x in next(batches))
             micro_batch = i * self.ranks.world + self.ranks.rank
             torch.manual_seed(derive_seed("step", self.config.run.seed, self.step, micro_batch))
             with self.no_gradient_sync(i + 1 < self.accumulate):
@@ -175,11 +174,6 @@ class Loop(TrainingState, ABC):
         self.meter.add(norms, weight=self.accumulate)
         self.on_step_end(skip)
         self.step += 1
-
-    def on_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """A loader's batch, moved to the device while it is busy; images become floats there."""
-        images, labels = (x.to(self.ranks.device, non_blocking=True) for x in batch)
-        return from_bytes(images) if images.dtype == torch.uint8 else images, labels
 
     def no_gradient_sync(self, stay: bool) -> AbstractContextManager:
         """DDP and FSDP average the gradients over the ranks with the last micro-batch only."""
@@ -263,7 +257,7 @@ class Loop(TrainingState, ABC):
         sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.ranks.device))
         with evaluating(self.model):
             for names, batch in zip(keys, make_loader(self.val_set, keys, 0, self.ranks.device), strict=True):
-                images, labels = self.on_device(batch)
+                images, labels = (x.to(self.ranks.device) for x in batch)
                 torch.manual_seed(derive_seed("validation", self.config.run.seed, names[0][1]))
                 for name, value in self.validation_losses(images, labels).items():
                     sums[name] = sums[name] + value * len(labels)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrained.download import HERE
 from utils.config.sampling import EvalConfig
 from utils.evaluations.c2i.features import Extractor
 from utils.evaluations.c2i.images import ImageSource, fingerprint, npz_array, open_images
@@ -18,7 +19,7 @@ from utils.evaluations.c2i.store import FeatureStore
 from utils.runtime.distributed import Ranks
 from utils.runtime.files import digest, replacing
 
-IMAGENET = Path(__file__).parents[3] / "pretrained/VIRTUAL_imagenet256_labeled.npz"
+IMAGENET = HERE / "VIRTUAL_imagenet256_labeled.npz"
 IMAGENET_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/" + IMAGENET.name
 PR_IMAGES = 10_000  # reference images of precision and recall
 
