@@ -8,11 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
+from models.card import Origin, card
 from models.class_names import default_names, find_class
 from models.editing import inpaint, place_on_canvas
 from models.flexvar import FlexVAR, FlexVARConfig
@@ -57,6 +58,7 @@ class SARPipeline(
         None for models that are none of the released ones."""
         super().__init__()
         self.supervision, self.max_pn = supervision, max_pn
+        self.origin = Origin()  # for its model card
         self.vae = tokenizer_of(tokenizer).build().to(memory_format=torch.channels_last)  # as `load_tokenizer` does
         self.model = config_of(transformer).build()
         self.schedule = self.model.trim(ScaleSchedule(tuple(sides)))
@@ -116,8 +118,11 @@ class SARPipeline(
         schedule = schedule or (tokenizer_run and tokenizer_run.schedule) or DEFAULT_SCHEDULE
         class_names = class_names or (run and run.class_names) or None
         if run is None:
-            return cls.of(vae, model, schedule, class_names, max_pn=model.config.released_max_pn)
-        return cls.of(vae, model, schedule, class_names, run.supervision)
+            pipeline = cls.of(vae, model, schedule, class_names, max_pn=model.config.released_max_pn)
+        else:
+            pipeline = cls.of(vae, model, schedule, class_names, run.supervision)
+        pipeline.origin = Origin.of(ckpt)
+        return pipeline
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> SARPipeline:
@@ -143,6 +148,14 @@ class SARPipeline(
     @classmethod
     def _from_pretrained(cls, **kwargs) -> SARPipeline:
         return super()._from_pretrained(**{**kwargs, "strict": True})  # the Hub's default would load half a file
+
+    def card(self, report: dict | None = None) -> ModelCard:
+        """Its model card: licence, base, recipe, and the metrics of an evaluation's report, if there is one."""
+        return card(self.describe(), type(self.model).__name__, self.origin, report)
+
+    def generate_model_card(self, *args, report: dict | None = None, **kwargs) -> ModelCard:
+        """`card`, for `save_pretrained` and `push_to_hub`: their model_card_kwargs={"report": …}."""
+        return self.card(report)
 
     @property
     def device(self) -> torch.device:

@@ -27,7 +27,7 @@ ENTRIES = [
     *("experiments.quickstart", "experiments.study_cifar10", "experiments.study_digits", "experiments.study_hybrid"),
     *("experiments.report_cifar10", "experiments.study_table1", "utils.tokenizer.scaling", "utils.training.estimate"),
     *("benchmarks.attention", "benchmarks.data", "benchmarks.sample", "benchmarks.train_step"),
-    *("benchmarks.compare", "benchmarks.gpu"),
+    *("benchmarks.compare", "benchmarks.gpu", "demo", "models.card"),
 ]
 
 

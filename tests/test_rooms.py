@@ -9,14 +9,14 @@ import pytest
 from tests.conftest import ROOT, run
 
 LAYERS = [
-    {"utils.runtime", "utils.reporting", "pretrained"},
+    {"utils.runtime", "utils.reporting", "pretrained", "scripts"},
     {"models"},
     {"utils.config"},
     {"utils.data"},
     {"utils.tokenizer"},
     {"utils.training"},
     {"utils.evaluations"},
-    {"train", "trainer", "sar_trainer", "student_forcing", "train_tokenizer", "evaluate", "sample"},
+    {"train", "trainer", "sar_trainer", "student_forcing", "train_tokenizer", "evaluate", "sample", "demo"},
     {"experiments", "benchmarks"},
 ]
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

@@ -1,0 +1,65 @@
+"""Model cards say where weights come from, how they were trained, what was measured, and nothing that is not known."""
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+
+from models.card import LICENCES, Origin, card, main
+from models.pipeline import SARPipeline, open_pipeline
+from pretrained.download import FILES
+from tests.conftest import ALONE, config_of, tool
+from train import build
+
+REPORT = {
+    "fid": 2.05, "inception_score": 267.1, "features": "inception",
+    "settings": {"cfg": 2.2, "guidance": "ramp", "top_k": 900, "num_samples": 50},
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(flags, tmp_path):
+    build(config_of(flags, "--logger_type=none", "--csf_weight=0.3"), ALONE).fit()
+    return tmp_path / "run"
+
+
+def test_a_run_is_described_by_its_recipe(run, tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps(REPORT))
+    out = tmp_path / "card.md"
+    tool(main, "--ckpt", run, "--report", tmp_path / "report.json", "--out", out, check=True)
+    text = out.read_text()
+    for line in ("# SAR", "From scratch, 3 steps, on 1,300 images.", "| `--csf_weight` | 0.3 |", "| fid | 2.05 |"):
+        assert line in text, line
+    assert "guidance ramp, cfg 2.2, top_k 900" in text
+    assert "not said" in text  # of a licence nobody spoke
+    about = ModelCard(text).data
+    assert (about.license, about.library_name, about.base_model) == ("other", "sar", None)
+
+
+def test_save_pretrained_writes_it_and_the_copy_opens(run, tmp_path):
+    pipeline = open_pipeline(str(run))
+    pipeline.save_pretrained(tmp_path / "p", model_card_kwargs={"report": REPORT})
+    text = (tmp_path / "p/README.md").read_text()
+    assert "| `--training_mode` | csfl |" in text
+    assert "| fid | 2.05 |" in text
+    assert SARPipeline.from_pretrained(tmp_path / "p").describe() == pipeline.describe()
+
+
+def test_released_bases_bring_their_licence():
+    assert set(LICENCES) <= set(FILES.values())
+    from_flexvar = Origin("SAR-d16", "pretrained/FlexVARd16-epo179.pth", {"training_mode": "csfl"}, "10 steps")
+    found = card("x", "FlexVAR", from_flexvar)
+    assert (found.data.license, found.data.base_model) == ("other", "jiaosiyu1999/FlexVAR")
+    assert "licensed as jiaosiyu1999/FlexVAR says" in str(found)
+    assert card("x", "VAR", Origin("run", "pretrained/var_d16.pth", {}, "1 step")).data.license == "mit"
+    assert card("x", "FlowAR", Origin("FlowAR-S.pth")).data.license == "apache-2.0"
+    assert "none of these is an FID" in str(card("x", "VAR", Origin(), {**REPORT, "features": "efficientnet_lite0"}))
+
+
+def test_teacher_forcing_says_nothing_of_rollouts(flags, tmp_path):
+    flags = [*flags, "--logger_type=none", "--training_mode=teacher_forcing"]
+    build(config_of(flags), ALONE).fit()
+    text = str(open_pipeline(str(tmp_path / "run")).card())
+    assert "# FlexVAR" in text
+    assert "rollout" not in text
+    assert "Self-Autoregressive" not in text
