@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -97,6 +98,7 @@ def save_images(config: EvalConfig, directory: Path) -> Callable[[range, Tensor]
 def evaluate_samples(
     config: EvalConfig,
     setting: tuple[float, int, float],
+    decay: float | None,
     pipeline: SARPipeline,
     extractor: Extractor,
     reference: Reference | None,
@@ -110,7 +112,7 @@ def evaluate_samples(
     described = {
         "checkpoint": config.ckpt,
         **digests,
-        "moving_average": config.use_ema,
+        "moving_average": config.use_ema if decay is None or not config.sweep_ema else decay,
         "classes": int(source.labels.max()) + 1,
         "images_per_class": config.num_samples,
         "guidance": config.guidance,
@@ -161,6 +163,11 @@ def evaluate_files(
     return {**score(store, extractor, reference, config), "settings": described}
 
 
+def open_model(config: EvalConfig, decay: float | None, me: Ranks) -> SARPipeline:
+    """The model to judge: its weights, or a moving average of them."""
+    return open_pipeline(config.ckpt, config.vae_ckpt, config.pn, decay is not None, decay or 0.0).to(me.device)
+
+
 def prepare(config: EvalConfig, me: Ranks) -> SARPipeline | None:
     """Checks all that is cheap before anything is fetched or computed, and opens the model that is to be sampled."""
     directory, tokenizer = Path(config.out_dir), config.vae_ckpt or "pretrained/FlexVAE.pth"
@@ -170,7 +177,7 @@ def prepare(config: EvalConfig, me: Ranks) -> SARPipeline | None:
     if config.reconstruct:
         find_weights(tokenizer)
     elif not config.samples:
-        pipeline = open_pipeline(config.ckpt, config.vae_ckpt, config.pn, config.use_ema).to(me.device)
+        pipeline = open_model(config, config.averages()[0], me)
         config.check_model(type(pipeline.model).__name__, pipeline.model.reads)
         depth = pipeline.model.config.depth
         if config.depth not in (0, depth):
@@ -203,12 +210,15 @@ def run(config: EvalConfig, me: Ranks) -> None:
     if config.samples:
         report = {**evaluate_files(config, extractor, reference, me, directory), **common}
         return write_report(report, directory) if me.first else None
-    digests = {"weights_sha256": digest_of(pipeline.model), "tokenizer_sha256": digest_of(pipeline.vae)}
-    rows = []
-    for setting in config.settings():
-        several = len(config.settings()) > 1
-        place = directory / "cfg{:g}_k{}_p{:g}".format(*setting) if several else directory
-        report = evaluate_samples(config, setting, pipeline, extractor, reference, me, place, digests)
+    rows, points = [], list(product(config.averages(), config.settings()))
+    opened = config.averages()[0]
+    for decay, setting in points:
+        if decay != opened:
+            pipeline, opened = open_model(config, decay, me), decay
+        digests = {"weights_sha256": digest_of(pipeline.model), "tokenizer_sha256": digest_of(pipeline.vae)}
+        name = "cfg{:g}_k{}_p{:g}".format(*setting) + (f"_ema{decay:g}" if config.sweep_ema else "")
+        place = directory / name if len(points) > 1 else directory
+        report = evaluate_samples(config, setting, decay, pipeline, extractor, reference, me, place, digests)
         if me.first:
             rows.append({**report, **common})
             write_report(rows[-1], place)

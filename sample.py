@@ -108,7 +108,7 @@ def file_name(i: int) -> str:
 def main() -> None:
     config = parse(SampleConfig, description=__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = open_pipeline(config.ckpt, config.vae_ckpt, config.pn, config.use_ema).to(device)
+    pipeline = open_pipeline(config.ckpt, config.vae_ckpt, config.pn, config.use_ema, config.ema_decay).to(device)
     config.check_model(type(pipeline.model).__name__, pipeline.model.reads)
     print(f"{config.ckpt}: {pipeline.describe()}", file=sys.stderr)
     if greedy := pipeline.greedy_sides(pipeline.drawing(**config.options)):

@@ -134,7 +134,7 @@ def cost_of(config: TrainConfig, images: int) -> list[str]:
     name = {"auto": "bf16"}.get(optim.precision, optim.precision)
     cached, checkpointed = bool(config.speed.code_cache), config.speed.checkpoint_activations
     found = estimate(
-        sized, vae, wanted.scales, config.sar, Precision(name, device).dtype, optim.ema > 0, cached, checkpointed
+        sized, vae, wanted.scales, config.sar, Precision(name, device).dtype, len(optim.ema), cached, checkpointed
     )
     data = f"{images:,} images" + ("" if cached else ", as many as ImageNet has")
     total = optim.steps * optim.bs if optim.steps else optim.ep * images
@@ -143,7 +143,7 @@ def cost_of(config: TrainConfig, images: int) -> list[str]:
         f"{config.sar.training_mode} of a {wanted.model} of {found.parameters / 1e6:.0f} M parameters in {name}, "
         f"{wanted.scales.total} tokens, {length}"
     )
-    return lines_of(found, what, total, config.run.keep, optim.ema > 0)
+    return lines_of(found, what, total, config.run.keep, len(optim.ema))
 
 
 def build(config: TrainConfig, me: Ranks) -> Trainer:

@@ -126,7 +126,7 @@ class TokenizerTrainer(Loop):
             everyones = mine.new_zeros(len(mine), self.ranks.world, *mine.shape[1:])
             everyones[:, self.ranks.rank] = mine
             offers = self.ranks.sum(everyones).flatten(0, 2)[: self.use.counts.shape[1]]  # (V, D)
-            models: list[Any] = [self.model, *([self.ema_model] if self.ema_model is not None else [])]
+            models: list[Any] = [self.model, *(average.model for average in self.averages.values())]
             dead = self.use.unused() & (skip == 0)  # a dropped step changes no weight
             found["revived"] = revive([model.quantize.embedding.weight for model in models], dead, offers)
             self.offers.clear()

@@ -63,7 +63,7 @@ class Trainer(Loop):
         """DDP, or with --parallel fsdp each rank's share of the model and of its average."""
         if self.config.speed.parallel == "ddp":
             return super().wrap_distributed()
-        for model in filter(None, (self.model, self.ema_model)):
+        for model in (self.model, *(average.model for average in self.averages.values())):
             shard(model, model.shard_units(), self.precision.dtype, methods=("init_cache", "decode_scale"))
         return None
 

@@ -278,13 +278,16 @@ def is_pipeline(directory: Path) -> bool:
         return False
 
 
-def open_pipeline(ckpt: str, vae_ckpt: str = "", pn: str = "", use_ema: bool = False) -> SARPipeline:
+def open_pipeline(
+    ckpt: str, vae_ckpt: str = "", pn: str = "", use_ema: bool = False, ema_decay: float = 0.0
+) -> SARPipeline:
     """A pipeline from a weight file, a training run's directory, a pipeline's directory, or a Hub repository.
 
-    A run brings its tokenizer, scales and class names along, unless others are named: see `from_files`.
+    A run brings its tokenizer, scales and class names along, unless others are named: see `from_files`. `use_ema` takes
+    its moving average, the first or that of `ema_decay`.
     """
+    from models.run_record import average_of
     from models.weights import find_weights  # here, since that module builds these models too
-    from utils.runtime.checkpoint import EMA
 
     path, named = Path(ckpt), ScaleSchedule.parse(pn) if pn else None
     on_hub = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", ckpt) and not path.parent.exists()
@@ -299,7 +302,7 @@ def open_pipeline(ckpt: str, vae_ckpt: str = "", pn: str = "", use_ema: bool = F
         return pipeline
     if use_ema and not path.is_dir():
         raise ValueError(f"--use_ema takes the moving average of a run's directory, and {ckpt} is a file")
-    return SARPipeline.from_files(vae_ckpt, find_weights(ckpt, EMA) if use_ema else ckpt, named)
+    return SARPipeline.from_files(vae_ckpt, find_weights(ckpt, average_of(ckpt, ema_decay)) if use_ema else ckpt, named)
 
 
 @entry

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
-from utils.runtime.checkpoint import last_invariants
+from utils.runtime.checkpoint import EMA, average_names, last_invariants
 from utils.runtime.files import read_json
 
 CONFIG = "config.json"
@@ -96,6 +96,18 @@ def find_run(path: str | Path) -> RunRecord | None:
         if isinstance(content.get("model"), dict) and isinstance(content["model"].get("pn"), str):
             return RunRecord(place, content)
     return None
+
+
+def average_of(path: str | Path, decay: float = 0.0) -> str:
+    """The file of a run's moving average of this decay; 0: the first. Raises ValueError when there is none."""
+    run, files = find_run(path), {EMA: 0.0}
+    if run is not None:
+        kept = run.content["optim"].get("ema", [])
+        files = average_names(kept if isinstance(kept, list) else [kept]) or files  # runs of old have one
+    found = next((name for name, own in files.items() if own == decay), EMA if not decay else "")
+    if not found:
+        raise ValueError(f"{path} keeps no moving average of {decay:g}, but of {', '.join(map(str, files.values()))}")
+    return found
 
 
 def schedule_of(pn: str, vae_ckpt: str | Path) -> ScaleSchedule:

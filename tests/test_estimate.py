@@ -76,7 +76,7 @@ def test_what_costs_more_is_estimated_to_cost_more():
     assert (guided.flops - argmax.flops) * 6 == pytest.approx(argmax.flops, rel=0.01)  # one forward more than six
     assert found(dtype=torch.float32).image > 1.3 * plain.image
     assert found(checkpointed=True).image < 0.5 * plain.image
-    assert found(ema=True).fixed - plain.fixed == 4 * plain.parameters
+    assert found(averages=1).fixed - plain.fixed == 4 * plain.parameters
     assert found(cached=True).flops < plain.flops
     assert plain.micro_batch(80) > plain.micro_batch(24) > 0
     assert not torch.is_autocast_enabled("cuda")  # nothing of it stays

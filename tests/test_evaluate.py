@@ -14,7 +14,8 @@ from PIL import Image
 
 from evaluate import Generated, label_order, main
 from models import SARPipeline
-from tests.conftest import ROOT, run, tool, torchrun
+from tests.conftest import ALONE, ROOT, config_of, run, tool, torchrun
+from train import build
 from utils.config.sampling import EvalConfig
 from utils.evaluations.c2i.images import FolderImages, NpzImages, Resized, open_images, write_npz
 from utils.evaluations.c2i.report import write_sweep
@@ -136,6 +137,23 @@ def test_sweep_and_intermediate_scale(saved, real, tmp_path):
     assert (tmp_path / "sweep.md").read_text().count("\n|") == 3
     assert (tmp_path / "sweep.png").stat().st_size > 1000
     assert json.loads((tmp_path / "reference/settings.json").read_text())["side"] == 32
+
+
+def test_a_sweep_over_moving_averages_and_guidance(small_vae_file, real, tmp_path):
+    run = ["--dataset=digits", "--workers=0", f"--vae_ckpt={small_vae_file}", "--depth=1", "--width=64", "--pn=1_2_4"]
+    run += ["--schedule=fixed", "--bs=4", "--max_steps=2", "--lr=0.1", "--eval_images=0", "--vis_num_samples=0"]
+    run += ["--ema", "0.5", "0.9", "--logger_type=none", f"--out_dir={tmp_path / 'run'}"]
+    build(config_of(run), ALONE).fit()
+    more = ["--sweep_ema=0.5,0.9", "--sweep_cfg=1,3", "--num_classes_eval=2", "--image_size=16"]
+    judge(*flags(tmp_path / "run", real, tmp_path / "out", *more))
+    rows = json.loads((tmp_path / "out/sweep.json").read_text())
+    points = [(row["settings"]["moving_average"], row["settings"]["cfg"]) for row in rows]
+    assert points == [(0.5, 1), (0.5, 3), (0.9, 1), (0.9, 3)]
+    digests = [row["settings"]["weights_sha256"] for row in rows]
+    assert (digests[0], digests[2]) == (digests[1], digests[3])
+    assert digests[0] != digests[2]
+    assert "| moving_average |" in (tmp_path / "out/sweep.md").read_text()
+    assert (tmp_path / "out/cfg3_k900_p0.95_ema0.9/report.json").is_file()
 
 
 def test_reports_side_by_side(saved, real, tmp_path, alone):

@@ -80,7 +80,7 @@ def test_flowar_b_is_trained_by_its_recipe(spy):
     assert (model.depth, model.width, model.flow_depth, model.flow_width, model.flow_cross) == FLOWAR["B"]
     assert model.scales.sides == (1, 2, 4, 8, 16)
     assert (optim.ep, optim.bs, optim.lr, optim.lr_decay, optim.twd, optim.tclip) == (50, 2048, 4e-4, "cosine", 0.02, 3)
-    assert (optim.wp, optim.lr * optim.wpe, optim.ema) == (0.25, 1e-5, 0.9999)
+    assert (optim.wp, optim.lr * optim.wpe, optim.ema) == (0.25, 1e-5, (0.9999,))
     assert config.data.augment == "flowar"
 
 

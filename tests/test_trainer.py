@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from models.pipeline import open_pipeline
 from models.scales import draw_schedule
 from models.weights import save_weights
 from sar_trainer import SARTrainer
@@ -15,6 +16,7 @@ from train import build, main
 from trainer import Trainer
 from utils.data.datasets import CodeBatch, encode_batch, open_dataset
 from utils.runtime.checkpoint import newest_checkpoint
+from utils.runtime.files import read_json, write_sealed
 from utils.training.loop import Loop
 
 TF = "--training_mode=teacher_forcing"
@@ -162,7 +164,7 @@ def test_moving_average_by_its_definition(flags):
     before = trainer.model.head.bias.detach().clone()
     with torch.no_grad():
         trainer.model.head.bias += 1
-    trainer.ema.update(trainer.model)
+    trainer.averages["ema.safetensors"].update(trainer.model)
     assert torch.allclose(trainer.ema_model.head.bias, before + 0.25)
     assert not any(p.requires_grad for p in trainer.ema_model.parameters())
 
@@ -278,3 +280,40 @@ def test_a_run_does_not_write_into_its_data(split, flags, tmp_path):
     flags = [*(f for f in flags if not f.startswith(("--dataset", "--out_dir"))), f"--data_path={tmp_path / 'data'}"]
     with pytest.raises(ValueError, match="whose images it would join"):
         build(config_of(flags, f"--out_dir={tmp_path / 'data' / split / 'run'}"), ALONE)
+
+
+def test_several_averages_are_kept_resumed_and_opened_by_their_decay(flags, tmp_path):
+    common = [*flags, TF, "--ema", "0.5", "0.9", "--lr=1e-2", "--logger_type=none"]
+    for name, stops in (("whole", [4]), ("pieces", [2, 4])):
+        for stop in stops:
+            build(config_of(common, f"--max_steps={stop}", f"--out_dir={tmp_path / name}"), ALONE).fit()
+    whole, pieces = (newest_checkpoint(tmp_path / name) for name in ("whole", "pieces"))
+    files = ("model.safetensors", "ema.safetensors", "ema_0.9.safetensors")
+    weights = [load_file(whole / name) for name in files]
+    for name, wanted in zip(files, weights, strict=True):
+        assert_same(load_file(pieces / name), wanted)
+    apart = [sum((w[n] - weights[0][n]).abs().sum().item() for n in weights[0]) for w in weights]
+    assert 0 == apart[0] < apart[1] < apart[2]  # the longer the average, the further it lags
+    for decay, wanted in ((0.0, weights[1]), (0.5, weights[1]), (0.9, weights[2])):
+        opened = open_pipeline(str(tmp_path / "whole"), use_ema=True, ema_decay=decay).model.state_dict()
+        assert torch.equal(opened["head.weight"], wanted["head.weight"])
+    with pytest.raises(ValueError, match=r"keeps no moving average of 0\.99, but of 0\.5, 0\.9"):
+        open_pipeline(str(tmp_path / "whole"), use_ema=True, ema_decay=0.99)
+    one = [f for f in common if f not in ("0.5", "0.9", "--ema")]
+    build(config_of(one, "--ema=0.5", "--max_steps=5", f"--out_dir={tmp_path / 'pieces'}"), ALONE).fit()
+    last = newest_checkpoint(tmp_path / "pieces")
+    assert {p.name for p in last.glob("ema*")} == {"ema.safetensors"}
+    manifest = read_json(last / "manifest.json")
+    assert manifest["config"]["optim"]["ema"] == [0.5]
+
+
+def test_a_run_of_before_with_one_decay_goes_on_without_a_change(flags, tmp_path, capsys):
+    common = [*flags, TF, "--ema=0.5", "--logger_type=none"]
+    build(config_of(common, "--max_steps=1"), ALONE).fit()
+    path = newest_checkpoint(tmp_path / "run") / "manifest.json"
+    content = {k: v for k, v in read_json(path).items() if k != "sha256"}
+    content["config"]["optim"]["ema"] = 0.5
+    write_sealed(path, content)
+    capsys.readouterr()
+    build(config_of(common, "--max_steps=2"), ALONE).fit()
+    assert "--ema" not in capsys.readouterr().err

@@ -35,6 +35,7 @@ class DrawConfig(Flags):
     """transformer: a weight file, a run's directory, a pipeline's directory, or a Hub repository"""
     vae_ckpt: str = ""  # tokenizer; empty: the one that CKPT brings along, or pretrained/FlexVAE.pth
     use_ema: bool = False  # a run's moving average instead of its weights
+    ema_decay: float = 0.0  # of a run with several moving averages the one of this decay; 0: the first
     cfg: float = 2.5  # guidance scale
     guidance: Literal["ramp", "constant", "none"] = "ramp"  # how guidance grows over the scales
     top_k: int = TOP_K  # top-k; 0: off, 1: greedy
@@ -59,6 +60,8 @@ class DrawConfig(Flags):
     def check_drawing(self) -> None:
         """Raises ValueError for a value out of range, or one that nothing reads."""
         at_least(self, cfg=0, top_k=0, top_p=0, max_pn=0, fill_steps=1, flow_steps=2, guidance_interval=0, seed=0)
+        at_least(self, ema_decay=0)
+        only_with(self, self.use_ema, "--use_ema", ["ema_decay"])
         at_most(self, top_p=1, fill_steps=10_000, flow_steps=10_000, guidance_interval=1)
         only_with(self, self.guidance != "none", "guidance: leave --guidance none out", ["cfg"])
         only_with(self, self.top_k != 1, "another --top_k than 1, the greedy one", ["top_p", "max_pn"])
@@ -122,6 +125,7 @@ class EvalConfig(DrawConfig):
     batch: int = alias(0, "--batch_size")
     """images at a time; 0: 64 on a GPU, 8 on a CPU. Part of what makes images repeatable to the bit
     on a CPU"""
+    sweep_ema: str = ""  # moving averages to go through, by their decays, comma-separated
     sweep_cfg: str = ""  # guidance scales to go through, comma-separated
     sweep_top_k: str = ""  # top-k to go through
     sweep_top_p: str = ""  # top-p to go through
@@ -174,6 +178,7 @@ class EvalConfig(DrawConfig):
             "top_k",
             "top_p",
             "use_ema",
+            "sweep_ema",
             "sweep_cfg",
             "max_pn",
             "fill_steps",
@@ -191,7 +196,9 @@ class EvalConfig(DrawConfig):
         only_with(self, has_reference, "--reference", ["reference_sha256", "pr_fp16"])
         for name in ("cfg", "top_k", "top_p"):
             without(self, bool(getattr(self, f"sweep_{name}")), f"--sweep_{name}", [name])
+        without(self, bool(self.sweep_ema), "--sweep_ema", ["use_ema", "ema_decay"])
         only_with(self, self.guidance != "none", "guidance: leave --guidance none out", ["sweep_cfg"])
+        self.averages()
         self.settings()  # all points of a sweep, before the first is drawn
 
     def check_sources(self) -> None:
@@ -203,6 +210,16 @@ class EvalConfig(DrawConfig):
                 raise ValueError(f"--{name}: no file or folder {path}")
         folders = any(Path(path).is_dir() for path in paths.values() if path)
         only_with(self, folders, "a folder of images: npz files hold them as they are", ["image_size"])
+
+    def averages(self) -> list[float | None]:
+        """Decays of the moving averages to judge; 0: the first, None: the weights themselves. Raises ValueError."""
+        try:
+            found = [float(decay) for decay in self.sweep_ema.split(",")] if self.sweep_ema else []
+        except ValueError:
+            raise ValueError(f"--sweep_ema is written like 0.999,0.9999, got {self.sweep_ema!r}") from None
+        if not all(0 < decay < 1 for decay in found):
+            raise ValueError(f"--sweep_ema goes through decays between 0 and 1, got {self.sweep_ema!r}")
+        return [*found] or [self.ema_decay if self.use_ema else None]
 
     def settings(self) -> list[tuple[float, int, float]]:
         """(cfg, top_k, top_p) of every point of the sweep, or the one setting. Raises ValueError when out of range."""

@@ -121,11 +121,11 @@ class OptimConfig(Flags):
     twde: float = -1.0  # weight decay at the end of the run, which it moves to along a cosine; -1: as --twd
     tclip: float = 2.0  # largest gradient norm; 0: no clipping
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
-    ema: float = 0.0  # decay of the moving average of the weights; 0: none
+    ema: tuple[float, ...] = ()  # decay of the moving average of the weights, or several decays; none: no average
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, bs=1, micro_batch=0, steps=0, max_steps=0, lr=0, wp=0, wpe=0, twd=0, tclip=0, ema=0)
+        at_least(self, bs=1, micro_batch=0, steps=0, max_steps=0, lr=0, wp=0, wpe=0, twd=0, tclip=0)
         if self.steps and self.ep != type(self).ep:
             raise ValueError(
                 f"--steps {self.steps} and --ep {self.ep:g} are two lengths of one run: give --steps 0 to count in "
@@ -136,8 +136,11 @@ class OptimConfig(Flags):
         if self.ep <= 0:
             raise ValueError(f"--ep must be positive, got {self.ep}")
         at_most(self, ep=1e6, steps=1e12, max_steps=1e12)
-        if self.ema >= 1 or self.wp >= 1:
-            raise ValueError(f"--ema and --wp must be below 1, got {self.ema} and {self.wp}")
+        object.__setattr__(self, "ema", tuple(decay for decay in self.ema if decay != 0))  # 0 is none, too
+        if self.wp >= 1:
+            raise ValueError(f"--wp must be below 1, got {self.wp}")
+        if not all(0 < decay < 1 for decay in self.ema) or len(set(self.ema)) < len(self.ema):
+            raise ValueError(f"--ema must be below 1, each decay once, got {' '.join(map(str, self.ema))}")
 
 
 @dataclass(frozen=True)
@@ -282,7 +285,7 @@ class WatchConfig(Flags):
 
 
 def check_watch(watch: WatchConfig, optim: OptimConfig) -> None:
-    only_with(watch, optim.ema > 0, "--ema", ["vis_ema"])
+    only_with(watch, bool(optim.ema), "--ema", ["vis_ema"])
 
 
 @dataclass(frozen=True)

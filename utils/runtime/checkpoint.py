@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,11 @@ StateDict = dict[str, Tensor]
 
 MODEL, EMA, STATE, MANIFEST = "model.safetensors", "ema.safetensors", "state.pt", "manifest.json"
 VERSION = 1
+
+
+def average_names(decays: Sequence[float]) -> dict[str, float]:
+    """File → decay of a run's moving averages. The first is ema.safetensors, the others bear their decay."""
+    return {(f"ema_{decay:g}.safetensors" if i else EMA): decay for i, decay in enumerate(decays)}
 
 
 @dataclass(frozen=True)
@@ -272,14 +278,16 @@ def main() -> None:
     parser.add_argument("command", choices=["list", "verify", "export"])
     parser.add_argument("directory", type=Path, help="a run's directory")
     parser.add_argument("out", type=Path, nargs="?", help="export: the file to write, .pth or .safetensors")
-    parser.add_argument("--ema", action="store_true", help="export: the moving average of the weights")
+    parser.add_argument(
+        "--ema", nargs="?", const=EMA, default="", help="export: the moving average of the weights, or the one of DECAY"
+    )
     args = parser.parse_args()
     if (args.command == "export") != (args.out is not None):
         parser.error("export, and nothing else, takes the file to write as well")
     if args.ema and args.command != "export":
         parser.error("--ema has no effect without export")
     if args.command == "export":
-        name = EMA if args.ema else MODEL
+        name = MODEL if not args.ema else EMA if args.ema == EMA else f"ema_{float(args.ema):g}.safetensors"
         newest = newest_checkpoint(args.directory, name)
         if newest is None:
             raise ValueError(f"{args.directory} holds no checkpoint{runs_below(args.directory)}")

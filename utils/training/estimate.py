@@ -149,14 +149,14 @@ def estimate(
     schedule: ScaleSchedule,
     sar: SARConfig,
     dtype: torch.dtype = torch.bfloat16,
-    ema: bool = False,
+    averages: int = 0,
     cached: bool = False,
     checkpointed: bool = False,
 ) -> Estimate:
     """The cost of a step on the longest schedule. Of naive student forcing it is that of teacher forcing and one pass.
 
     Args:
-        ema: a moving average is kept.
+        averages: moving averages that are kept.
         cached: codes come from a cache, so that nothing is encoded.
         checkpointed: only the inputs of blocks are kept.
     """
@@ -184,15 +184,15 @@ def estimate(
         tokenizer = sum(p.numel() for p in vae.parameters())
     half = 2 if dtype != torch.float32 else 4
     logits = ROWS_AT_ONCE * config.codebook_size * (4 + 4 + half)
-    fixed = stored * (16 + 4 * ema) + copies + logits + 4 * tokenizer
+    fixed = stored * (16 + 4 * averages) + copies + logits + 4 * tokenizer
     return Estimate(stored, fixed, image, flops)
 
 
-def lines_of(found: Estimate, what: str, images: float, keep: int, ema: bool) -> list[str]:
+def lines_of(found: Estimate, what: str, images: float, keep: int, averages: int) -> list[str]:
     """Lines that `train.py --check` prints."""
     fits = ", ".join(f"{found.micro_batch(size)} fit {size} GB" for size in MEMORY)
     hours = ", ".join(f"{found.hours(images, card):,.0f} h on one {card}" for card in CARDS)
-    checkpoint = found.parameters * (12 + 4 * ema) / 1e9
+    checkpoint = found.parameters * (12 + 4 * averages) / 1e9
     return [
         f"estimate, nothing of it measured: {what}",
         f"  memory: {found.fixed / 1e9:.1f} GB and {found.image / 1e9:.2f} GB an image; --micro_batch: {fits}",

@@ -169,8 +169,8 @@ class Loop(TrainingState, ABC):
         norm = torch.stack(list(norms.values())).sum()
         skip = self.guard.check(self.step, total, norm, norm_counts=self.precision.name != "fp16")
         apply_gradients(self.optimizer, self.precision, skip)
-        if self.ema is not None:
-            self.ema.update(self.model)
+        for average in self.averages.values():
+            average.update(self.model)
         self.meter.add(norms, weight=self.accumulate)
         self.on_step_end(skip)
         self.step += 1

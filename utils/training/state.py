@@ -12,10 +12,10 @@ from utils.config.tokenizer import TokenizerTrainConfig
 from utils.config.training import TrainConfig, check_changes
 from utils.data.datasets import accumulation
 from utils.runtime.checkpoint import (
-    EMA,
     MODEL,
     Checkpoints,
     RunState,
+    average_names,
     invariants_of,
     read_checkpoint,
     read_manifest,
@@ -56,7 +56,7 @@ class TrainingState:
         self.config, self.ranks, self.directory, self.total_steps = config, ranks, config.run.directory, total_steps
         self.model = model.to(ranks.device)
         self.auxiliary = {name: module.to(ranks.device) for name, module in (auxiliary or {}).items()}
-        self.ema = MovingAverage(self.model, optim.ema) if optim.ema else None
+        self.averages = {name: MovingAverage(self.model, decay) for name, decay in average_names(optim.ema).items()}
         self.network = (forward or model).to(ranks.device)
         self.precision = Precision(optim.precision, ranks.device)
         if ranks.world > 1:
@@ -81,7 +81,7 @@ class TrainingState:
     @property
     def saved(self) -> dict[str, nn.Module]:
         """File name → module, of what a checkpoint holds."""
-        average = {EMA: self.ema_model} if self.ema_model is not None else {}
+        average = {name: average.model for name, average in self.averages.items()}
         return {
             MODEL: self.model,
             **average,
@@ -116,8 +116,10 @@ class TrainingState:
             raise ValueError(f"this rank sees no {path}: the run's directory must be one that all ranks share")
         self.compare(read_manifest(path))
         state, weights = read_checkpoint(path)
-        weights.setdefault(EMA, weights[MODEL])  # a moving average can begin on the way
-        lost, new = weights.keys() - self.saved.keys() - {EMA}, self.saved.keys() - weights.keys()
+        for name in self.averages:
+            weights.setdefault(name, weights[MODEL])  # a moving average can begin on the way
+        dropped = {name for name in weights if name.startswith("ema")}
+        lost, new = weights.keys() - self.saved.keys() - dropped, self.saved.keys() - weights.keys()
         if lost or new:
             names = f"has {some(sorted(lost))}" if lost else f"lacks {some(sorted(new))}"
             raise ValueError(f"{path} {names}, unlike this run: use another --out_dir, and --init_ckpt for its weights")
@@ -136,6 +138,8 @@ class TrainingState:
         """Show what this run does otherwise than the checkpoint's. Raises ValueError for what cannot change."""
         now = {**as_json(asdict(self.config)), "invariants": as_json(self.invariants())}
         before = {**manifest["config"], "invariants": invariants_of(manifest)}
+        if not isinstance(before["optim"]["ema"], list):  # runs of old have one decay, or 0
+            before["optim"] = {**before["optim"], "ema": [before["optim"]["ema"]] if before["optim"]["ema"] else []}
         if not before.get("speed", {}).get("code_cache"):  # runs of old said it in their flags alone
             data = {name: before["data"][name] for name in ("dataset", "augment") if name in before["data"]}
             before["invariants"] = {**data, **before["invariants"]}
@@ -150,8 +154,8 @@ class TrainingState:
 
     @property
     def ema_model(self) -> nn.Module | None:
-        """The model with the moving average of the weights."""
-        return self.ema.model if self.ema is not None else None
+        """The model with the first moving average of the weights."""
+        return next((average.model for average in self.averages.values()), None)
 
     @property
     def sharded(self) -> bool:

@@ -94,7 +94,8 @@ def write_sweep(rows: list[dict], directory: Path) -> None:
     """sweep.json, sweep.md, and sweep.png: distance over score."""
     from matplotlib.figure import Figure
 
-    swept = ("cfg", "top_k", "top_p")
+    several = len({row["settings"].get("moving_average") for row in rows}) > 1
+    swept = ("cfg", "top_k", "top_p", *(("moving_average",) if several else ()))
     metrics = [name for name, value in rows[0].items() if isinstance(value, int | float)]
     table = dashed([{name: {**row["settings"], **row}.get(name) for name in (*swept, *metrics)} for row in rows])
     write_json(directory / "sweep.json", rows)
