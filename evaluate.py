@@ -26,7 +26,7 @@ from utils.config.sampling import SOME_READ, EvalConfig
 from utils.evaluations.c2i.features import Extractor, make_extractor
 from utils.evaluations.c2i.images import Resized, describe_images, open_images, write_npz
 from utils.evaluations.c2i.reconstruction import evaluate_reconstructions
-from utils.evaluations.c2i.reference import IMAGENET, Reference, load_reference, save_reference
+from utils.evaluations.c2i.reference import NAMED, Reference, batch_file, load_reference, save_reference
 from utils.evaluations.c2i.report import compare, score, write_report, write_sweep
 from utils.evaluations.c2i.store import FeatureStore, chunk_size
 from utils.runtime.distributed import Ranks, ranks
@@ -200,8 +200,9 @@ def run(config: EvalConfig, me: Ranks) -> None:
     if config.reconstruct:
         report = {**evaluate_reconstructions(config, extractor, me, directory), **common}
         return write_report(report, directory) if me.first else None
-    default = str(IMAGENET) if config.features == "inception" and not config.make_reference else "none"
-    common["reference"] = config.reference or default
+    default = "imagenet256" if config.features == "inception" and not config.make_reference else "none"
+    named = config.reference or default
+    common["reference"] = str(batch_file(named)) if named in NAMED else named
     if pipeline is not None and config.eval_scale:
         view = partial(Resized, side=pipeline.vae.pixels(config.eval_scale, pipeline.schedule))
     reference = None

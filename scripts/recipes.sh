@@ -16,6 +16,7 @@ case "$DEPTH" in
         FILE_FlexVAR=FlexVARd24-epo349.pth FILE_SAR=SARd24-epo349.pth FILE_VAR=var_d24.pth CFG=3.3 ALNG=1e-4
         ;;
     30) FILE_VAR=var_d30.pth ALNG=1e-5 VAR_BS=1024 VAR_LR=3.2e-4 VAR_TWDE=0.08 ;;
+    36) FILE_VAR=var_d36.pth ;; # 512 × 512
 esac
 
 sar_recipe() { # the paper's, from the released FlexVAR of this depth, or from another family's model

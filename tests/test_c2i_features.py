@@ -143,10 +143,24 @@ def test_offline_both_are_named_with_what_to_do(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    monkeypatch.setattr(reference, "IMAGENET", tmp_path / "batch.npz")
+    monkeypatch.setattr(reference, "HERE", tmp_path)
     status, _, err = tool(set_up)
     assert status == 1
     (line,) = err.strip().splitlines()
     assert "weights-inception-2015-12-05-6726825d.pth" in line
-    assert f"no {tmp_path / 'batch.npz'}" in line
+    assert f"no {tmp_path / 'VIRTUAL_imagenet256_labeled.npz'}" in line
     assert "fetch it elsewhere" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("imagenet256", "256/VIRTUAL_imagenet256_labeled.npz"), ("imagenet512", "512/VIRTUAL_imagenet512.npz")],
+)
+def test_references_by_name_are_fetched_once(name, file, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(reference, "HERE", tmp_path)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path: asked.append(url) or Path(path).touch())
+    for _ in range(2):
+        found = reference.fetch_batch(name, ALONE)
+    assert found == tmp_path / Path(file).name
+    assert [url.endswith(f"/imagenet/{file}") for url in asked] == [True]

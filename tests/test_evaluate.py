@@ -152,7 +152,7 @@ def test_a_sweep_over_moving_averages_and_guidance(small_vae_file, real, tmp_pat
     digests = [row["settings"]["weights_sha256"] for row in rows]
     assert (digests[0], digests[2]) == (digests[1], digests[3])
     assert digests[0] != digests[2]
-    assert "| moving_average |" in (tmp_path / "out/sweep.md").read_text()
+    assert "| moving average |" in (tmp_path / "out/sweep.md").read_text()
     assert (tmp_path / "out/cfg3_k900_p0.95_ema0.9/report.json").is_file()
 
 

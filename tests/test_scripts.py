@@ -132,6 +132,15 @@ def test_each_evaluation_script_judges_the_model_it_names(script, spy):
     assert config.num_samples == 2
 
 
+def test_512_pixels_are_judged_against_their_own_reference(spy):
+    run("bash", "scripts/eval_FlexVAR_512.sh", PYTHON=str(spy), NPROC="1")
+    run("bash", "scripts/eval_VAR_d36.sh", PYTHON=str(spy), NPROC="1")
+    found = [parse(EvalConfig, command[1:]) for command in calls_of(spy) if command[0] == "evaluate.py"]
+    assert [c.reference for c in found] == ["imagenet512"] * 2
+    assert [c.ckpt for c in found] == ["pretrained/FlexVARd24-epo349.pth", "pretrained/var_d36.pth"]
+    assert found[0].pn.endswith("_32")  # of FlexVAE's factor 16: 512
+
+
 def test_ranks_and_nodes_come_from_the_environment(spy):
     env = {"PYTHON": str(spy), "NPROC": "4", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
     run("bash", "scripts/train_SAR_d16.sh", **env)

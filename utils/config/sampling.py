@@ -134,8 +134,9 @@ class EvalConfig(DrawConfig):
     expect: int = 0  # refuse SAMPLES that hold fewer images than this
     reconstruct: str = ""  # judge the tokenizer's reconstructions of this folder or npz: rFID, PSNR, SSIM
     reference: str = ""
-    """real images: an npz (arr_0, mu, sigma, mu_s, sigma_s), one that --make_reference wrote, or a folder; empty:
-    pretrained/VIRTUAL_imagenet256_labeled.npz for --features inception, fetched when missing; none for others"""
+    """real images: an npz (arr_0, mu, sigma, mu_s, sigma_s), one that --make_reference wrote, or a folder; imagenet256 or
+    imagenet512: the field's batches, fetched when missing; empty: imagenet256 for --features inception, none for
+    others"""
     reference_sha256: str = ""  # refuse a REFERENCE file with another digest
     image_size: int = 0  # centre-crop the images of folders to this side; 0: as they are
     make_reference: str = ""  # write the statistics of SAMPLES to this npz, and stop
@@ -206,9 +207,12 @@ class EvalConfig(DrawConfig):
         read or fetched for this."""
         paths = {name: getattr(self, name) for name in ("samples", "reconstruct", "reference", "inception_weights")}
         for name, path in paths.items():
-            if path and not Path(path).exists():
+            by_name = path.startswith("hub:") or (name == "reference" and path in ("imagenet256", "imagenet512"))
+            if path and not by_name and not Path(path.partition("@")[0]).exists():
                 raise ValueError(f"--{name}: no file or folder {path}")
-        folders = any(Path(path).is_dir() for path in paths.values() if path)
+        folders = any(
+            path.startswith("hub:") or Path(path.partition("@")[0]).is_dir() for path in paths.values() if path
+        )
         only_with(self, folders, "a folder of images: npz files hold them as they are", ["image_size"])
 
     def averages(self) -> list[float | None]:

@@ -19,8 +19,9 @@ from utils.evaluations.c2i.store import FeatureStore
 from utils.runtime.distributed import Ranks
 from utils.runtime.files import digest, replacing
 
-IMAGENET = HERE / "VIRTUAL_imagenet256_labeled.npz"
-IMAGENET_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/" + IMAGENET.name
+BATCHES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
+# guided-diffusion's reference batches, by the names that --reference takes.
+NAMED = {"imagenet256": "256/VIRTUAL_imagenet256_labeled.npz", "imagenet512": "512/VIRTUAL_imagenet512.npz"}
 PR_IMAGES = 10_000  # reference images of precision and recall
 
 
@@ -79,11 +80,10 @@ def load_reference(
     Statistics in the file are taken when they belong to these features and to full-size images; else they are computed
     from its images.
     """
-    path = Path(config.reference) if config.reference else None
-    if path is None:
-        if extractor.name != "inception":
-            return None
-        path = fetch_imagenet(me)
+    if not config.reference and extractor.name != "inception":
+        return None
+    named = config.reference or "imagenet256"
+    path = fetch_batch(named, me) if named in NAMED else Path(named)
     if config.reference_sha256 and not path.is_file():
         raise ValueError(f"--reference_sha256 needs a reference file, and {path} is none")
     if config.reference_sha256 and digest(path) != config.reference_sha256.lower():
@@ -108,15 +108,22 @@ def load_reference(
     return Reference(*saved, computed.features) if saved is not None else computed
 
 
-def fetch_imagenet(me: Ranks) -> Path:
-    """guided-diffusion's ImageNet-256 reference batch (2 GB), downloaded when it is missing."""
-    if me.first and not IMAGENET.is_file():
+def batch_file(name: str) -> Path:
+    """Place of a named reference batch."""
+    return HERE / Path(NAMED[name]).name
+
+
+def fetch_batch(name: str, me: Ranks) -> Path:
+    """A named reference batch of guided-diffusion (2 GB, or 8), downloaded when it is missing."""
+    file, url = batch_file(name), f"{BATCHES}/{NAMED[name]}"
+    if me.first and not file.is_file():
         try:
-            torch.hub.download_url_to_file(IMAGENET_URL, str(IMAGENET))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file))
         except OSError as error:
             raise ValueError(
-                f"no {IMAGENET}, and {IMAGENET_URL} cannot be reached ({error}): "
+                f"no {file}, and {url} cannot be reached ({error}): "
                 "fetch it elsewhere and put it there, or give --reference PATH"
             ) from None
     me.barrier()
-    return IMAGENET
+    return file

@@ -13,7 +13,7 @@ import torch
 
 from utils.evaluations.c2i.features import make_extractor
 from utils.evaluations.c2i.images import npz_array
-from utils.evaluations.c2i.reference import fetch_imagenet, saved_statistics
+from utils.evaluations.c2i.reference import fetch_batch, saved_statistics
 from utils.runtime.distributed import alone
 from utils.runtime.entry import entry
 from utils.runtime.flags import Parser
@@ -28,7 +28,7 @@ def check_inception(path: str) -> str:
 
 def check_reference(path: str) -> str:
     """Reads a reference batch, ImageNet's and fetched unless a path is given, to its end. Returns a line on it."""
-    file = Path(path) if path else fetch_imagenet(alone())
+    file = Path(path) if path else fetch_batch("imagenet256", alone())
     if not file.is_file():
         raise ValueError(f"no file {file}")
     images, statistics = npz_array(file, "arr_0"), saved_statistics(file)
