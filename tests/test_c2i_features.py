@@ -1,3 +1,4 @@
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -6,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from tests.conftest import tool
+from tests.conftest import ALONE, tool
 from utils.evaluations.c2i import features as module
 from utils.evaluations.c2i import reference
 from utils.evaluations.c2i.features import EfficientNetLite0, Inception, make_extractor
@@ -152,10 +153,10 @@ def test_offline_both_are_named_with_what_to_do(monkeypatch, tmp_path):
     assert "fetch it elsewhere" in line
 
 
-@pytest.mark.parametrize(
-    ("name", "file"),
-    [("imagenet256", "256/VIRTUAL_imagenet256_labeled.npz"), ("imagenet512", "512/VIRTUAL_imagenet512.npz")],
-)
+BATCHES = {"imagenet256": "256/VIRTUAL_imagenet256_labeled.npz", "imagenet512": "512/VIRTUAL_imagenet512.npz"}
+
+
+@pytest.mark.parametrize(("name", "file"), BATCHES.items())
 def test_references_by_name_are_fetched_once(name, file, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(reference, "HERE", tmp_path)

@@ -29,7 +29,7 @@ def test_where_the_project_is_not_its_first_cell_fetches_it(vae, model, schedule
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"][:3]  # fetch, check, load
     (tmp_path / "empty").mkdir()
-    code = "import os, sys; sys.path[:] = [p for p in sys.path if p not in ('', %r)]\n" % str(ROOT) + "\n".join(sources)
+    code = f"import sys; sys.path[:] = [p for p in sys.path if p not in ('', {str(ROOT)!r})]\n" + "\n".join(sources)
     env = {"SAR_CKPT": str(tmp_path / "p"), "FLEXVAR_CKPT": str(tmp_path / "p"), "PYTHONPATH": ""}
     code = f"import os; os.chdir({str(tmp_path / 'empty')!r})\n{code}"
     done = run(sys.executable, "-c", code, check=False, SAR_REPOSITORY="", **env)

@@ -134,8 +134,8 @@ class EvalConfig(DrawConfig):
     expect: int = 0  # refuse SAMPLES that hold fewer images than this
     reconstruct: str = ""  # judge the tokenizer's reconstructions of this folder or npz: rFID, PSNR, SSIM
     reference: str = ""
-    """real images: an npz (arr_0, mu, sigma, mu_s, sigma_s), one that --make_reference wrote, or a folder; imagenet256 or
-    imagenet512: the field's batches, fetched when missing; empty: imagenet256 for --features inception, none for
+    """real images: an npz (arr_0, mu, sigma, mu_s, sigma_s), one that --make_reference wrote, or a folder; imagenet256
+    or imagenet512: the field's batches, fetched when missing; empty: imagenet256 for --features inception, none for
     others"""
     reference_sha256: str = ""  # refuse a REFERENCE file with another digest
     image_size: int = 0  # centre-crop the images of folders to this side; 0: as they are
