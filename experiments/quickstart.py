@@ -34,7 +34,7 @@ from utils.reporting.pictures import captioned_grid, grid, plot_curves, read_met
 from utils.runtime.entry import check_output_directory, entry
 from utils.runtime.files import write_json
 from utils.runtime.flags import Parser, whole
-from utils.runtime.numerics import derive_seed
+from utils.runtime.numerics import cpu_has_bf16, derive_seed
 from utils.tokenizer.losses import resize_to
 from utils.tokenizer.scaling import measure_scaling
 
@@ -321,7 +321,9 @@ def main() -> None:
     runs, seconds, scaling = {}, {}, []
     steps = {"tokenizer": args.tokenizer_steps, "flexvar": first, "flexvar_continued": more, "sar": more}
     vae_ckpt = f"--vae_ckpt={out / 'tokenizer'}"
-    base = [vae_ckpt, f"--code_cache={out / 'codes'}", *FLEXVAR, *kind.model]
+    # Of a GPU, --precision auto knows by itself.
+    half = ["--precision=bf16"] if not torch.cuda.is_available() and cpu_has_bf16() else []
+    base = [vae_ckpt, f"--code_cache={out / 'codes'}", *FLEXVAR, *kind.model, *half]
     further = [*base, *FURTHER, f"--init_ckpt={out / 'flexvar'}"]
     stages = {
         "tokenizer": ("train_tokenizer.py", [*TOKENIZER, *kind.tokenizer]),

@@ -28,6 +28,20 @@ class Mutation:
 CHECKPOINT, KILL = "utils/runtime/checkpoint.py", "tests/faults/test_kill.py"
 MUTATIONS = [
     Mutation(
+        "nothing waits for the GPU",
+        "models/sampling.py",
+        ".to(device, non_blocking=True)",
+        ".to(device)",
+        "tests/test_gpu.py::test_sampling",
+    ),
+    Mutation(
+        "the index of a tar that changed is made again",
+        "utils/data/imagenet_tar.py",
+        'if np.array_equal(found.get("stamp"), stamp):',
+        "if True:",
+        "tests/test_sources.py::test_the_index_is_made_once_and_again_when_the_tar_changes",
+    ),
+    Mutation(
         "written under a temporary name, then renamed",
         CHECKPOINT,
         'self.root / f".partial_{step:07d}"',

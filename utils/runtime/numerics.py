@@ -26,6 +26,12 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype, enabled=self.name != "fp32", cache_enabled=cache)
 
 
+def cpu_has_bf16() -> bool:
+    """True for a CPU with instructions for products in bf16, where --precision bf16 pays."""
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
 def derive_seed(*key: object) -> int:
     """A 63-bit seed from anything printable, the same on every platform."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
