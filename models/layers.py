@@ -10,10 +10,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from models.scales import ScaleSchedule
 
@@ -39,13 +41,31 @@ class ScaleCausalAttention:
             self.mask = scale[:, None] >= scale[None, :]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        qs, ks, vs = (x.split(self.lengths, dim=2) for x in (q, k, v))
-        out = [attend(qs[0], ks[0], vs[0], self.mask, self.dropout)]
-        for i in range(1, len(qs)):
-            # A copy of the prefix, not a slice of the whole: the gradient of a slice is padded to full length.
-            seen = torch.cat(ks[: i + 1], dim=2), torch.cat(vs[: i + 1], dim=2)
-            out.append(attend(qs[i], *seen, dropout=self.dropout))
+        ends = tuple(accumulate(self.lengths))
+        seen = zip(q.split(self.lengths, dim=2), Prefixes.apply(k, ends), Prefixes.apply(v, ends), strict=True)
+        out = [attend(*part, None if i else self.mask, self.dropout) for i, part in enumerate(seen)]
         return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+
+class Prefixes(torch.autograd.Function):
+    """x (B, H, L, d) → views of its first tokens, one for each of some ends.
+
+    Their gradients are added up in one tensor; those of slices would be padded to full length each.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, ends: tuple[int, ...]) -> tuple[Tensor, ...]:
+        ctx.ends = ends
+        return tuple(x[:, :, :end] for end in ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
+        *shorter, whole = gradients
+        total = whole.clone()
+        for end, gradient in zip(ctx.ends, shorter, strict=False):
+            total[:, :, :end] += gradient
+        return total, None
 
 
 class CachedAttention:
@@ -146,6 +166,26 @@ def length(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
 
 
+class GeluLinear(torch.autograd.Function):
+    """h (…, D) → linear(GELU(h)), the tanh form. Backward makes GELU(h) again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        kind = h.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        ctx.save_for_backward(h, weight)
+        return F.linear(F.gelu(h.to(dtype), approximate="tanh"), weight.to(dtype), bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h, weight = ctx.saved_tensors
+        own, rows = h.to(gradient.dtype), gradient.flatten(0, -2)
+        d_weight = rows.T @ F.gelu(own, approximate="tanh").flatten(0, -2)
+        d_h = torch.ops.aten.gelu_backward(gradient @ weight.to(gradient.dtype), own, approximate="tanh")
+        return d_h.to(h.dtype), d_weight.to(weight.dtype), rows.sum(0, dtype=torch.float32).to(weight.dtype)
+
+
 class FFN(nn.Module):
     """C → 4C → C with the tanh form of GELU."""
 
@@ -155,7 +195,7 @@ class FFN(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return GeluLinear.apply(self.fc1(x), self.fc2.weight, self.fc2.bias)
 
 
 class AdaLinear(nn.Sequential):

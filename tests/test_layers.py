@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from models import layers
-from models.layers import COARSE_TOKENS, CachedAttention, ScaleCausalAttention
+from models.layers import COARSE_TOKENS, CachedAttention, GeluLinear, Prefixes, ScaleCausalAttention
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
+from tests.conftest import worst
 
 
 def dense(q, k, v, schedule):
@@ -110,3 +111,39 @@ def test_a_kernel_runs_only_on_cards_that_can(package, capability, dtype, runs, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert (layers.kernel_for(torch.device("cuda"), dtype) is not None) == runs
     assert layers.kernel_for(torch.device("cuda"), torch.float32) is None
+
+
+def test_prefixes_are_views_whose_gradients_add_up():
+    schedule = ScaleSchedule((1, 2, 5, 13, 14))
+    attention = ScaleCausalAttention(schedule, torch.device("cpu"))
+    q, k, v = (torch.randn(2, 3, schedule.total, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    shared = Prefixes.apply(k, (30, 199, schedule.total))
+    assert [x.shape[2] for x in shared] == [30, 199, schedule.total]
+    assert {x.untyped_storage().data_ptr() for x in shared} == {k.untyped_storage().data_ptr()}
+    mask = torch.zeros(schedule.total, schedule.total, dtype=torch.bool)
+    for start, end in zip(schedule.offsets[:-1], schedule.offsets[1:], strict=True):
+        mask[start:end, :end] = True
+    up = torch.randn_like(q)
+    found = torch.autograd.grad(attention(q, k, v), (q, k, v), up)
+    wanted = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, mask, scale=1.0), (q, k, v), up)
+    assert all(worst(x, y) < 1e-12 for x, y in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_and_linear_keep_only_what_goes_in(dtype):
+    torch.manual_seed(0)
+    leaves = (
+        torch.randn(2, 7, 12, requires_grad=True),
+        torch.randn(5, 12, requires_grad=True),
+        torch.randn(5, requires_grad=True),
+    )
+    up, kept = torch.randn(2, 7, 5), []
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            found = GeluLinear.apply(*leaves)
+        wanted = F.linear(F.gelu(leaves[0], approximate="tanh"), *leaves[1:])
+    assert [x.shape for x in kept] == [leaves[0].shape, leaves[1].shape]
+    assert found.dtype == wanted.dtype == dtype
+    pairs = [(found, wanted)]
+    pairs += zip(*(torch.autograd.grad(x, leaves, up.to(dtype)) for x in (found, wanted)), strict=True)
+    assert all(worst(x.float(), y.float()) < (1e-6 if dtype == torch.float32 else 2e-2) for x, y in pairs)

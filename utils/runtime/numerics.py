@@ -28,7 +28,7 @@ class Precision:
 
 def cpu_has_bf16() -> bool:
     """True for a CPU with instructions for products in bf16, where --precision bf16 pays."""
-    has = getattr(torch.cpu, "get_capabilities", dict)()
+    has: dict = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
