@@ -44,9 +44,14 @@ class SARTrainer(Trainer):
         --ssr last (released code): only the last transition, as the two-scale sequence [1, s_N] whose first token
         is the class embedding without pos_start.
         --ssr_steps n (with all): n such passes, each on tokens sampled from the one before; the mean of their losses.
+        --ssr_share: the others of its inputs are true. With --csf_target ground_truth that is scheduled sampling.
         --rollout_canvas (where a scale is fed with a sum): of the rollout's residuals, or of its last and true ones.
         """
         sar, fed = self.config.sar, teacher.sampled
+        if sar.ssr_share < 1:  # each token the rollout's or the true one
+            mine = torch.rand(tokens.shape[:2], device=tokens.device) < sar.ssr_share
+            continuous = tokens.ndim == 3
+            fed = torch.where(mine[..., None] if continuous else mine, fed, self.pathway.own(tokens))
         truth = tokens if sar.rollout_canvas == "one_step" else None
         first = len(schedule) - 1 if sar.ssr == "last" else 1
         if sar.csf_target == "requantised":

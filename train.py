@@ -19,6 +19,7 @@ from models.run_record import find_run
 from models.scales import DEFAULT_SCHEDULE
 from models.tokenizer import Tokenizer
 from models.weights import digest_of, find_weights, load_strictly, load_tokenizer, read_state_dict
+from noisy_context import NoisyContext
 from pretrained.download import offer
 from sar_trainer import SARTrainer
 from student_forcing import STUDENT_FORCING
@@ -34,7 +35,7 @@ from utils.runtime.numerics import Precision, derive_seed
 from utils.training.estimate import IMAGENET, estimate, lines_of
 from utils.training.loop import start
 
-TRAINERS = {"teacher_forcing": Trainer, "csfl": SARTrainer, **STUDENT_FORCING}
+TRAINERS = {"teacher_forcing": Trainer, "csfl": SARTrainer, "noisy": NoisyContext, **STUDENT_FORCING}
 
 
 def sized_model(wanted: ModelConfig, vae: Tokenizer, classes: int) -> FlexVARConfig:

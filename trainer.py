@@ -50,7 +50,7 @@ class Trainer(Loop):
     ):
         """`encode` turns what the data sets yield into codes; by default they are images, for the tokenizer."""
         model.checkpoint_activations = config.speed.checkpoint_activations
-        model.head.label_smoothing = config.optim.label_smoothing
+        model.head.label_smoothing, model.scale_weights = config.optim.label_smoothing, config.optim.scale_weights
         super().__init__(config, model, train_set, val_set, ranks)
         if config.speed.compile:
             for block in model.blocks:

@@ -87,7 +87,7 @@ def card(described: str, name: str, origin: Origin, report: dict | None = None) 
 
     Args:
         described: a line on the model, as `SARPipeline.describe` gives it.
-        name: of its generator, FlexVAR, HybridVAR, VAR or FlowAR.
+        name: of its generator's class.
         report: an evaluation's report.json.
     """
     base = released_repository(origin.base) or released_repository(origin.ckpt)

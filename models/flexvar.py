@@ -142,6 +142,7 @@ class FlexVAR(nn.Module):
 
     config: FlexVARConfig
     no_decay: tuple[str, ...] = ("pos_1LC", "pos_start", "scale_mul_1H11")  # parameters that weight decay leaves alone
+    scale_weights = "tokens"  # in the loss: "equal" gives each scale the same, not each token
     reads: tuple[str, ...] = ("top_k", "top_p", "max_pn")  # settings of sampling, of those that some models read
 
     def __init__(self, config: FlexVARConfig | None = None):
@@ -265,7 +266,11 @@ class FlexVAR(nn.Module):
         attention = ScaleCausalAttention(schedule, x.device)
         x = self.through_blocks(x, self.modulations(condition), [attention] * len(self.blocks))
         x = self.head_nm(x[:, schedule.offsets[first] :], self.head_nm.ada_lin(condition))
-        return self.answer(x, targets, sampler, features)
+        mask = None
+        if self.scale_weights == "equal" and targets is not None:
+            each = torch.tensor([1 / n for n in schedule.lengths[first:] for _ in range(n)])
+            mask = each.to(x.device, non_blocking=True).expand(len(x), -1)
+        return self.answer(x, targets, sampler, features, mask)
 
     def answer(
         self, x: Tensor, targets: Tensor | None, sampler: Sampler | None, features: bool, mask: Tensor | None = None

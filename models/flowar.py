@@ -69,6 +69,7 @@ class FlowARConfig(FlexVARConfig):
         "sf_top_k": (900,),
         "sf_top_p": (0.95,),
         "compile": (False,),
+        "scale_weights": ("tokens",),
     }
     pathway = "latent"
     released_tokenizer = "pretrained/kl16.ckpt"

@@ -62,6 +62,7 @@ class HybridConfig(FlexVARConfig):
         "training_mode": ("teacher_forcing", "csfl"),
         "ssr": ("all",),
         "parallel": ("ddp",),
+        "scale_weights": ("tokens",),
     }
 
     @classmethod

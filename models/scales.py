@@ -140,6 +140,8 @@ class Pathway(Protocol):
 
     def embed(self, codes: Tensor) -> Tensor: ...
 
+    def own(self, tokens: Tensor) -> Tensor: ...
+
     def inputs(
         self, tokens: Tensor, schedule: ScaleSchedule, truth: Tensor | None = None, first: int = 1
     ) -> Tensor: ...
@@ -166,6 +168,10 @@ class UpsamplingPathway:
     def embed(self, codes: Tensor) -> Tensor:
         """Codes (B, n) → their embeddings (B, n, D)."""
         return F.embedding(codes, self.codebook)
+
+    def own(self, tokens: Tensor) -> Tensor:
+        """Tokens as they are: of other pathways what feeds them may follow."""
+        return tokens
 
     def inputs(self, tokens: Tensor, schedule: ScaleSchedule, truth: Tensor | None = None, first: int = 1) -> Tensor:
         """Tokens of all scales (B, L), true or sampled → inputs (B, n, D) of scales number `first` on (Eq. 2, 6).

@@ -14,7 +14,10 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PACKAGES = ("models", "utils", "pretrained")
-MODULES = (*("train", "trainer", "sar_trainer", "student_forcing", "train_tokenizer", "evaluate", "sample", "demo"),)
+MODULES = (
+    *("train", "trainer", "sar_trainer", "student_forcing", "noisy_context", "train_tokenizer", "evaluate", "sample"),
+    "demo",
+)
 OWN = re.compile(rf"^(\s*)(from|import) ({'|'.join((*PACKAGES, *MODULES))})(?=[. ]|$)", re.MULTILINE)
 FACE = '''"""Self-Autoregressive Refinement: `from sar.models import SARPipeline`."""
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -129,8 +128,8 @@ def page(named, tmp_path_factory):
             yield tab, out
             opened.close()
     finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(20)
+        server.kill()
+        server.wait()
 
 
 def choose(tab, box: str, text: str) -> None:

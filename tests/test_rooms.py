@@ -16,7 +16,17 @@ LAYERS = [
     {"utils.tokenizer"},
     {"utils.training"},
     {"utils.evaluations"},
-    {"train", "trainer", "sar_trainer", "student_forcing", "train_tokenizer", "evaluate", "sample", "demo"},
+    {
+        "train",
+        "trainer",
+        "sar_trainer",
+        "student_forcing",
+        "noisy_context",
+        "train_tokenizer",
+        "evaluate",
+        "sample",
+        "demo",
+    },
     {"experiments", "benchmarks"},
 ]
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

@@ -143,13 +143,19 @@ class OptimConfig(Flags):
             raise ValueError(f"--ema must be below 1, each decay once, got {' '.join(map(str, self.ema))}")
 
 
+NAIVE = ("sf_full", "sf_alternate", "sf_interleave", "sf_hybrid")  # training modes of naive student forcing
+
+
 @dataclass(frozen=True)
 class SARConfig(Flags):
     """Self-autoregressive refinement"""
 
-    training_mode: Literal["teacher_forcing", "csfl", "sf_full", "sf_alternate", "sf_interleave", "sf_hybrid"] = "csfl"
+    training_mode: Literal[
+        "teacher_forcing", "csfl", "sf_full", "sf_alternate", "sf_interleave", "sf_hybrid", "noisy"
+    ] = "csfl"
     """csfl: the SAR objective, L_TF + γ·L_CSF; sf_…: naive student forcing (Table 3), all inputs self-generated, every
-    other step's, every other scale's, or those of the sides from SF_HYBRID_FROM on"""
+    other step's, every other scale's, or those of the sides from SF_HYBRID_FROM on; noisy (a rival): inputs of which a
+    share is replaced"""
     sf_hybrid_from: int = 8  # sf_hybrid: the first side whose input is self-generated (k of Table 3's hybrid@k)
     csf_weight: float = alias(0.01, "--sigma")  # γ, the weight of the contrastive student-forcing loss
     ssr: Literal["all", "last"] = "all"
@@ -166,23 +172,36 @@ class SARConfig(Flags):
     sf_top_p: float = TOP_P  # rollout: top-p; 0: off
     sf_cfg_scale: float = 2.5  # rollout: scale of the guidance
     rollout_steps: int = 25  # flowar: steps of Euler's method in a rollout; with --rollout argmax it is one
+    ssr_share: float = 1.0  # share of the second pass's inputs that are the rollout's; the others are true
+    noise: Literal["uniform", "neighbour"] = "uniform"  # noisy: replaced by any code, or by one of the nearest
+    noise_neighbours: int = 16  # noise neighbour: how many are near
+    noise_per: Literal["scale", "image"] = "scale"
+    """noisy: the share that is replaced is drawn for each scale from four levels up to NOISE_MAX (Infinity), or for
+    each image from 0 to a bound that falls from NOISE_MAX to 0 over the first 75 % of the run (reAR)"""
+    noise_max: float = 0.3  # noisy: largest share that is replaced
 
     def __post_init__(self):
         super().__post_init__()
         at_least(
             self, csf_weight=0, ssr_steps=1, sf_top_k=0, sf_top_p=0, sf_cfg_scale=0, sf_hybrid_from=1, rollout_steps=2
         )
-        at_most(self, sf_top_p=1)
+        at_least(self, ssr_share=0, noise_max=0, noise_neighbours=1)
+        at_most(self, sf_top_p=1, ssr_share=1, noise_max=1)
         mode = self.training_mode
         rollout = ["rollout", "sf_top_k", "sf_top_p", "sf_cfg_scale", "rollout_steps"]
-        second_pass = ["ssr", "ssr_steps", "csf_target", "rollout_canvas"]
+        second_pass = ["ssr", "ssr_steps", "ssr_share", "csf_target", "rollout_canvas"]
+        only_with(
+            self, mode == "noisy", "--training_mode noisy", ["noise", "noise_neighbours", "noise_per", "noise_max"]
+        )
+        only_with(self, self.noise == "neighbour", "--noise neighbour", ["noise_neighbours"])
+        only_with(self, self.noise_max > 0, "--noise_max above 0", ["noise", "noise_per"])
         only_with(
             self,
             mode == "csfl",
             "--training_mode csfl",
             ["csf_weight", *second_pass],
         )
-        only_with(self, mode != "teacher_forcing", "--training_mode csfl or sf_…", rollout)
+        only_with(self, mode == "csfl" or mode in NAIVE, "--training_mode csfl or sf_…", rollout)
         only_with(self, mode == "sf_hybrid", "--training_mode sf_hybrid", ["sf_hybrid_from"])
         weighted = mode != "csfl" or self.csf_weight > 0
         only_with(self, weighted, "--csf_weight above 0", [*rollout, *second_pass])
@@ -293,6 +312,8 @@ class ModelOptimConfig(OptimConfig):
     """Optimisation of `train.py`"""
 
     label_smoothing: float = 0.0  # share of a target token's probability that goes to all tokens alike
+    scale_weights: Literal["tokens", "equal"] = "tokens"
+    """weight of a scale in the loss: that of its tokens, all alike, or the same for each scale"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -328,7 +349,7 @@ class TrainConfig(Flags):
     def __post_init__(self):
         super().__post_init__()
         check_watch(self.watch, self.optim)
-        guided = self.sar.training_mode != "teacher_forcing" and self.sar.rollout == "cfg"
+        guided = self.sar.training_mode in ("csfl", *NAIVE) and self.sar.rollout == "cfg"
         guided = guided and (self.sar.training_mode != "csfl" or self.sar.csf_weight > 0)
         if guided and self.model.label_drop == 0:
             raise ValueError(
