@@ -1,7 +1,7 @@
 """The page, in a real browser where one is installed, and its parts without one."""
 
 import json
-import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +19,6 @@ from utils.runtime.image_files import read_image
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
-PORT = 17861
 
 
 @pytest.fixture(scope="session")
@@ -109,23 +108,22 @@ def test_without_gradio_it_says_what_to_install(named, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def page(named, tmp_path_factory):
-    """The page in a browser, and the folder that it writes to."""
+    """The page in a browser, the folder that it writes to, and its address."""
     from playwright.sync_api import sync_playwright
 
     out = tmp_path_factory.mktemp("demo") / "out"
     command = [sys.executable, "-m", "demo", "--ckpt", named / "first", named / "second", "--out", out]
-    server = subprocess.Popen(
-        [*map(str, command), f"--port={PORT}"], cwd=ROOT, text=True, stdout=subprocess.PIPE, env={**os.environ}
-    )
+    server = subprocess.Popen([*map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE)
     try:
-        assert any(f"http://127.0.0.1:{PORT}" in line for line in server.stdout)
+        said = next(line for line in server.stdout if "the page is at" in line)
+        address = re.search(r"http://127\.0\.0\.1:\d+", said)[0]
         with sync_playwright() as play:
             opened = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             tab = opened.new_page(viewport={"width": 1300, "height": 1600})
             tab.set_default_timeout(60_000)
-            tab.goto(f"http://127.0.0.1:{PORT}")
+            tab.goto(address)
             tab.wait_for_selector("#draw")
-            yield tab, out
+            yield tab, out, address
             opened.close()
     finally:
         server.kill()
@@ -143,7 +141,7 @@ def written(out: Path) -> list[Path]:
 
 @browser
 def test_a_named_class_is_drawn_and_can_be_stepped_through(page, studio):
-    tab, out = page
+    tab, out, _ = page
     choose(tab, "class", "dog")
     tab.fill("#seed input", "7")
     tab.click("#draw")
@@ -166,7 +164,7 @@ def test_a_named_class_is_drawn_and_can_be_stepped_through(page, studio):
 
 @browser
 def test_two_models_from_the_same_seeds(page):
-    tab, out = page
+    tab, out, _ = page
     before = len(written(out))
     tab.click("#beside input")
     tab.get_by_role("option", name="second").click()
@@ -179,7 +177,7 @@ def test_two_models_from_the_same_seeds(page):
 
 @browser
 def test_an_unknown_class_gets_the_suggestion(page):
-    tab, _ = page
+    tab, *_ = page
     choose(tab, "class", "elkk")
     tab.click("#draw")
     tab.wait_for_selector("text=/elk/ >> nth=0")
@@ -190,7 +188,7 @@ def test_an_unknown_class_gets_the_suggestion(page):
 
 @browser
 def test_only_what_is_drawn_over_changes(page, real):
-    tab, out = page
+    tab, out, _ = page
     before = set(written(out))
     tab.get_by_role("tab", name="Paint").click()
     canvas = tab.locator("#editor canvas").first
@@ -217,7 +215,7 @@ def test_only_what_is_drawn_over_changes(page, real):
 
 @browser
 def test_the_tokenizer_shows_each_scale(page, real):
-    tab, _ = page
+    tab, *_ = page
     tab.get_by_role("tab", name="Tokenizer").click()
     tab.set_input_files("#picture input[type=file]", str(next(real.iterdir())))
     tab.wait_for_timeout(500)
@@ -227,9 +225,10 @@ def test_the_tokenizer_shows_each_scale(page, real):
 
 @browser
 def test_it_writes_to_its_own_folder_and_listens_here_alone(page):
-    _, out = page
+    _, out, address = page
     assert written(out)
+    port = address.rpartition(":")[2]
     listening = subprocess.run(["ss", "-ltn"], capture_output=True, text=True).stdout if shutil.which("ss") else ""
     for line in listening.splitlines():
-        if f":{PORT}" in line:
-            assert f"127.0.0.1:{PORT}" in line
+        if f":{port} " in line:
+            assert f"127.0.0.1:{port}" in line
