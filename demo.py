@@ -32,6 +32,7 @@ from utils.runtime.numerics import Precision
 
 NONE = "none"
 MOST = 16  # images at a time
+LEAST = 256  # pixels of a side as it is shown
 Report = Callable[[int, int, str], None]  # scales that are done, of how many, of what
 
 
@@ -79,11 +80,20 @@ class Studio:
             return pipeline.steps(label, n=int(n), seed=int(seed), schedule=schedule, edit=tick, **options)
 
     def paint(
-        self, name: str, image: Image.Image, mask: Image.Image | None, share: float, label: str, cfg: float, seed: int
+        self,
+        name: str,
+        image: Image.Image,
+        mask: Image.Image | None,
+        share: float,
+        label: str,
+        cfg: float,
+        top_k: int,
+        top_p: float,
+        seed: int,
     ) -> Image.Image:
         """A picture repainted where the mask is white; with a share below 1, shrunk to it and painted around."""
         pipeline = self.open(name)
-        options: dict[str, Any] = {"cfg": cfg, "seed": int(seed), "top_k": 0, "top_p": 0.0}
+        options: dict[str, Any] = {"cfg": cfg, "seed": int(seed), "top_k": int(top_k), "top_p": top_p}
         with self.precision.autocast():
             if share < 1:
                 return pipeline.outpaint(image, share, label, **options)[0]
@@ -230,14 +240,15 @@ def build_page(studio: Studio) -> Any:
             paint_button = gr.Button("Paint", variant="primary", elem_id="paint")
             painted_file = gr.File(label="picture, with its settings in the PNG", elem_id="painted_file")
 
-            def paint(model, editor, share, label, cfg, seed):
+            def paint(model, editor, share, label, cfg, top_k, top_p, seed):
                 picture, mask = mask_of(editor or {})
-                image = studio.paint(model, picture, mask, share, label, cfg, seed)
-                settings = {"model": model, "class": label, "cfg": cfg, "seed": seed, "share": share}
-                return image, studio.save([image], "painted", **settings)[0]
+                image = studio.paint(model, picture, mask, share, label, cfg, top_k, top_p, seed)
+                settings = {"model": model, "class": label, "cfg": cfg, "top_k": top_k, "top_p": top_p}
+                [path] = studio.save([image], "painted", **settings, seed=seed, share=share)
+                return at_one_size(image, max(image.width, LEAST)), path
 
             paint_button.click(
-                in_words(paint), [model, editor, share, label, cfg, seed], [painted, painted_file], **one
+                in_words(paint), [model, editor, share, label, cfg, top_k, top_p, seed], [painted, painted_file], **one
             )
 
         with gr.Tab("Tokenizer"):

@@ -80,7 +80,7 @@ def test_a_mask_is_what_was_drawn_over(studio):
     assert picture.size == mask.size
     assert (np.asarray(mask) > 0).sum() == 50
     with pytest.raises(ValueError, match="draw over the part"):
-        studio.paint(studio.names[0], picture, Image.new("L", (30, 20)), 1.0, "dog", 1.0, 0)
+        studio.paint(studio.names[0], picture, Image.new("L", (30, 20)), 1.0, "dog", 1.0, 0, 0.0, 0)
     with pytest.raises(ValueError, match="choose a picture"):
         mask_of({"background": None, "layers": []})
 
@@ -89,10 +89,10 @@ def test_painting_and_the_tokenizer_use_the_models_own(studio, real):
     image = read_image(next(real.iterdir()))
     mask = Image.new("L", image.size)
     mask.paste(255, (0, 0, 32, 64))
-    painted = np.asarray(studio.paint(studio.names[0], image, mask, 1.0, "fox", 1.0, 5))
+    painted = np.asarray(studio.paint(studio.names[0], image, mask, 1.0, "fox", 1.0, 0, 0.0, 5))
     assert np.array_equal(painted[:, 32:], np.asarray(image)[:, 32:])
     assert not np.array_equal(painted[:, :32], np.asarray(image)[:, :32])
-    assert studio.paint(studio.names[0], image, None, 0.5, "fox", 1.0, 5).size == (64, 64)
+    assert studio.paint(studio.names[0], image, None, 0.5, "fox", 1.0, 0, 0.0, 5).size == (64, 64)
     assert list(studio.reconstruct(studio.names[0], image)) == [1, 2, 3, 4]
 
 
