@@ -252,16 +252,18 @@ def packed_attention(leaves: list, schedule: ScaleSchedule, up: torch.Tensor) ->
     except ImportError:
         return None
     batch, device = len(leaves[0]), leaves[0].device
-    queries = torch.tensor([0, *schedule.lengths] * 1, device=device).cumsum(0).int()
-    keys = torch.tensor([0, *schedule.offsets[1:]], device=device).cumsum(0).int()
-    starts = torch.cat([queries[:-1] + i * queries[-1] for i in range(batch)] + [batch * queries[-1:]]).int()
-    key_starts = torch.cat([keys[:-1] + i * keys[-1] for i in range(batch)] + [batch * keys[-1:]]).int()
+
+    def starts(lengths: tuple[int, ...]) -> torch.Tensor:
+        """Where each scale of each image begins, and the end of all."""
+        return torch.tensor([0, *lengths * batch], device=device).cumsum(0).int()
+
+    queries, keys = starts(schedule.lengths), starts(schedule.offsets[1:])
     longest = max(schedule.lengths), schedule.total
 
     def call() -> object:
         q, k, v = leaves
         seen = [torch.cat([x[:, :end] for end in schedule.offsets[1:]], 1).flatten(0, 1) for x in (k, v)]
-        out = varlen_attn(q.flatten(0, 1), *seen, starts, key_starts, *longest, scale=1.0)
+        out = varlen_attn(q.flatten(0, 1), *seen, queries, keys, *longest, scale=1.0)
         return torch.autograd.grad(out.unflatten(0, (batch, -1)).transpose(1, 2), leaves, up)
 
     try:

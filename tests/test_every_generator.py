@@ -96,19 +96,14 @@ def test_sharded_ranks_accumulate_gradients_as_others_do(two_ranks):
 
 def test_sharded_ranks_gather_half_precision_and_train_alike(two_ranks):
     """Weights are gathered in bf16, and kept in fp32."""
-    start, found, wanted = (
-        weights_of(two_ranks / name) for name in ("flexvar", "flexvar bf16 sharded", "flexvar bf16")
-    )
+    found, wanted = (weights_of(two_ranks / name) for name in ("flexvar bf16 sharded", "flexvar bf16"))
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
     losses = [
         [line["train/loss"] for line in lines_of(two_ranks / name) if "train/loss" in line]
         for name in ("flexvar bf16 sharded", "flexvar bf16")
     ]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
-    assert losses[0] != losses[1]  # the gathered weights are rounded, which autocast does to products alone
-    moved = sum((wanted[name] - tensor).abs().sum() for name, tensor in start.items())
-    apart = sum((wanted[name] - tensor).abs().sum() for name, tensor in found.items())
-    assert apart < moved or apart < 1e-2 * sum(t.abs().sum() for t in wanted.values())
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert any(not torch.equal(found[name], wanted[name]) for name in wanted)  # the gathered weights are rounded
 
 
 def alike(a: Image.Image, b: Image.Image) -> bool:
