@@ -123,7 +123,15 @@ def check(config: TrainConfig) -> None:
     else:
         check_dataset(config.data)
         images = IMAGENET
-    print("\n".join(cost_of(config, images)))
+    try:
+        print("\n".join(cost_of(config, images)))
+    except (
+        RuntimeError,
+        AssertionError,
+        AttributeError,
+        TypeError,
+    ) as error:  # of tensors without values, not of flags
+        notice(f"no estimate of what it costs: {str(error).splitlines()[0]}")
 
 
 def cost_of(config: TrainConfig, images: int) -> list[str]:

@@ -93,6 +93,13 @@ def test_check_prints_the_cost_of_the_given_flags(flags):
     assert more.splitlines()[1] != out.splitlines()[1]
 
 
+def test_without_an_estimate_the_check_goes_on(flags, monkeypatch):
+    monkeypatch.setattr("train.estimate", lambda *args: torch.zeros(2) @ torch.zeros(3))
+    status, out, said = tool(main, *flags, "--check")
+    assert (status, out) == (0, "")
+    assert "no estimate of what it costs: " in said
+
+
 @pytest.mark.parametrize("kind", MORE)
 def test_every_generator_can_be_estimated(kind, files, tmp_path):  # noqa: F811
     config = config_of([*flags_of(kind, files), f"--out_dir={tmp_path}"])
