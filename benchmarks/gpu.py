@@ -254,7 +254,7 @@ def packed_attention(leaves: list, schedule: ScaleSchedule, up: torch.Tensor) ->
     batch, device = len(leaves[0]), leaves[0].device
 
     def starts(lengths: tuple[int, ...]) -> torch.Tensor:
-        """Where each scale of each image begins, and the end of all."""
+        """Starts of each scale of each image, and the end of all."""
         return torch.tensor([0, *lengths * batch], device=device).cumsum(0).int()
 
     queries, keys = starts(schedule.lengths), starts(schedule.offsets[1:])
