@@ -59,7 +59,7 @@ class SARPipeline(
         super().__init__()
         self.supervision, self.max_pn = supervision, max_pn
         self.origin = Origin()  # for its model card
-        self.vae = tokenizer_of(tokenizer).build().to(memory_format=torch.channels_last)  # as `load_tokenizer` does
+        self.vae = tokenizer_of(tokenizer).build()
         self.model = config_of(transformer).build()
         self.schedule = self.model.trim(ScaleSchedule(tuple(sides)))
         self.class_names = list(class_names or default_names(self.model.config.num_classes))
@@ -81,7 +81,7 @@ class SARPipeline(
         sizes = asdict(vae.config), asdict(model.config), list(schedule.sides)
         with torch.device("meta"):
             pipeline = cls(*sizes, class_names, supervision, max_pn)
-        pipeline.vae, pipeline.model = vae.to(memory_format=torch.channels_last), model
+        pipeline.vae, pipeline.model = vae, model
         return pipeline.eval()
 
     @classmethod
