@@ -117,7 +117,7 @@ def alone(flags: list[str], *more: str | Path) -> Trainer:
     return trainer
 
 
-def test_resume_is_exact_and_images_are_drawn_from_the_run(own, tmp_path):
+def test_resume_is_exact_and_images_are_drawn_from_the_run(kind, own, tmp_path):
     common = [*own, "--ema=0.9", "--wpe=0.1", "--twde=0.5"]
     alone(common, f"--out_dir={tmp_path / 'whole'}")
     for steps in (2, 3):
