@@ -21,7 +21,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from models.class_names import find_class
 from models.pipeline import SARPipeline, from_pil, open_pipeline, to_pil
 from models.scales import ScaleSchedule
 from utils.reporting.pictures import coarse_to_fine
@@ -267,11 +266,6 @@ def build_page(studio: Studio) -> Any:
 
             see.click(in_words(reconstruct), [model, picture], scales, **one)
     return page
-
-
-def check_class(studio: Studio, name: str, label: str) -> int:
-    """Class id of a name or number. Raises ValueError with the nearest names."""
-    return find_class(label, studio.open(name).class_names)
 
 
 def serve(args: argparse.Namespace) -> Any:

@@ -168,6 +168,11 @@ def open_model(config: EvalConfig, decay: float | None, me: Ranks) -> SARPipelin
     return open_pipeline(config.ckpt, config.vae_ckpt, config.pn, decay is not None, decay or 0.0).to(me.device)
 
 
+def digests_of(pipeline: SARPipeline) -> dict[str, str]:
+    """SHA-256 of the weights that are judged."""
+    return {"weights_sha256": digest_of(pipeline.model), "tokenizer_sha256": digest_of(pipeline.vae)}
+
+
 def prepare(config: EvalConfig, me: Ranks) -> SARPipeline | None:
     """Checks all that is cheap before anything is fetched or computed, and opens the model that is to be sampled."""
     directory, tokenizer = Path(config.out_dir), config.vae_ckpt or "pretrained/FlexVAE.pth"
@@ -212,11 +217,11 @@ def run(config: EvalConfig, me: Ranks) -> None:
         report = {**evaluate_files(config, extractor, reference, me, directory), **common}
         return write_report(report, directory) if me.first else None
     rows, points = [], list(product(config.averages(), config.settings()))
-    opened = config.averages()[0]
+    opened, digests = config.averages()[0], digests_of(pipeline)
     for decay, setting in points:
         if decay != opened:
             pipeline, opened = open_model(config, decay, me), decay
-        digests = {"weights_sha256": digest_of(pipeline.model), "tokenizer_sha256": digest_of(pipeline.vae)}
+            digests = digests_of(pipeline)
         name = "cfg{:g}_k{}_p{:g}".format(*setting) + (f"_ema{decay:g}" if config.sweep_ema else "")
         place = directory / name if len(points) > 1 else directory
         report = evaluate_samples(config, setting, decay, pipeline, extractor, reference, me, place, digests)

@@ -35,6 +35,8 @@ from utils.runtime.numerics import Precision, derive_seed
 from utils.training.estimate import IMAGENET, estimate, lines_of
 from utils.training.loop import start
 
+# Errors of tensors without values, in an estimate: the flags are as good as before.
+NO_VALUES = (RuntimeError, AssertionError, AttributeError, TypeError)
 TRAINERS = {"teacher_forcing": Trainer, "csfl": SARTrainer, "noisy": NoisyContext, **STUDENT_FORCING}
 
 
@@ -125,12 +127,7 @@ def check(config: TrainConfig) -> None:
         images = IMAGENET
     try:
         print("\n".join(cost_of(config, images)))
-    except (
-        RuntimeError,
-        AssertionError,
-        AttributeError,
-        TypeError,
-    ) as error:  # of tensors without values, not of flags
+    except NO_VALUES as error:
         notice(f"no estimate of what it costs: {str(error).splitlines()[0]}")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from models.run_record import RunRecord, find_run
+from models.run_record import RunRecord
 from utils.reporting.tables import markdown
 from utils.runtime.checkpoint import last_invariants, reached
 from utils.runtime.entry import check_output_file, entry
@@ -50,9 +50,8 @@ class Origin:
     trained: str = ""  # how far
 
     @classmethod
-    def of(cls, ckpt: str | Path) -> Origin:
-        """The origin of a run's directory or a weight file."""
-        run = find_run(ckpt)
+    def of(cls, ckpt: str | Path, run: RunRecord | None) -> Origin:
+        """The origin of weights that were named so, and belong to a run or to none."""
         if run is None:
             return cls(ckpt=Path(ckpt).name)
         groups = [group for group in run.content.values() if isinstance(group, dict)]

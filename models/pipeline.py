@@ -121,7 +121,7 @@ class SARPipeline(
             pipeline = cls.of(vae, model, schedule, class_names, max_pn=model.config.released_max_pn)
         else:
             pipeline = cls.of(vae, model, schedule, class_names, run.supervision)
-        pipeline.origin = Origin.of(ckpt)
+        pipeline.origin = Origin.of(ckpt, run)
         return pipeline
 
     @classmethod

@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision import datasets as tv_datasets
 
 from utils.config.training import DataConfig
-from utils.data.hub import HubImages, check_hub, open_hub
+from utils.data.hub import check_hub, open_hub
 from utils.data.imagenet_tar import check_tars, open_tar
 from utils.data.images import View, adm_crop, centre_crop, flowar_crop, shift_and_rotate, var_crop
 from utils.runtime.entry import notice
@@ -162,4 +162,3 @@ SOURCES = {
     "hub": Kind(check_hub, open_hub),
     "imagenet_tar": Kind(check_tars, open_tar),
 }
-__all__ = ["AUGMENTS", "SOURCES", "HubImages", "Source", "digits"]

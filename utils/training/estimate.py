@@ -24,7 +24,7 @@ from models.head import ROWS_AT_ONCE
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 from models.tokenizer import Tokenizer
 from models.vqvae import VQVAE
-from utils.config.training import SARConfig
+from utils.config.training import NAIVE, SARConfig
 from utils.reporting.tables import markdown
 from utils.runtime.entry import entry
 from utils.runtime.flags import Parser
@@ -171,13 +171,15 @@ def estimate(
         one, two = (kept(model, vae, schedule, schedule, n) for n in (1, 2))
         image, copies = two - one, max(0, 2 * one - two)
         forward = products(model, vae, schedule, schedule)
-        flops, second = 3 * forward, 0.0
+        flops = 3 * forward
         if sar.training_mode == "csfl" and sar.csf_weight:
-            part = ends if sar.ssr == "last" else schedule
-            second = sar.ssr_steps * 3 * products(model, vae, schedule, part)
-            image += sar.ssr_steps * (kept(model, vae, schedule, part, 2) - kept(model, vae, schedule, part, 1))
-            flops += second + forward * (sar.rollout == "cfg")
-        elif sar.training_mode != "teacher_forcing":
+            second, more = forward, image  # of a pass over all scales
+            if sar.ssr == "last":
+                second = products(model, vae, schedule, ends)
+                more = kept(model, vae, schedule, ends, 2) - kept(model, vae, schedule, ends, 1)
+            image += sar.ssr_steps * more
+            flops += sar.ssr_steps * 3 * second + forward * (sar.rollout == "cfg")
+        elif sar.training_mode in NAIVE:
             flops += forward
         flops += 0 if cached else encoding(vae, schedule)
         stored = sum(p.numel() for p in model.parameters())
