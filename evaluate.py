@@ -61,7 +61,7 @@ class Generated:
         if config.eval_scale and config.eval_scale not in sides:
             raise ValueError(f"--eval_scale {config.eval_scale} is none of the scales {sides}")
         self.side = config.eval_scale or sides[-1]
-        self.precision = Precision(config.precision, pipeline.device)
+        self.precision, self.tf32 = Precision(config.precision, pipeline.device), config.decode_tf32
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,7 +73,7 @@ class Generated:
         labels = self.labels[indices.start : indices.stop]
         with self.precision.autocast():
             codes = sample_codes(model, vae.pathway, labels, schedule, self.draw, seeds, until=self.side)
-        with exact_convolutions():  # outside of autocast: pictures are compared with real ones
+        with exact_convolutions(self.tf32):  # outside of autocast: pictures are compared with real ones
             return to_bytes(vae.decode_at(codes, self.side, schedule))
 
 
@@ -125,7 +125,8 @@ def evaluate_samples(
         "evaluated_side": source.side,
         "seed": config.seed,
         "precision": source.precision.name,
-        "decoded_in": "fp32",
+        "decoded_in": "tf32" if source.tf32 else "fp32",
+        **({"compiled": True} if config.compile else {}),  # which rounds in other places
         "saved": [name for name in ("npz", "png") if getattr(config, f"save_{name}")],
     }
     store = FeatureStore(
@@ -165,7 +166,10 @@ def evaluate_files(
 
 def open_model(config: EvalConfig, decay: float | None, me: Ranks) -> SARPipeline:
     """The model to judge: its weights, or a moving average of them."""
-    return open_pipeline(config.ckpt, config.vae_ckpt, config.pn, decay is not None, decay or 0.0).to(me.device)
+    pipeline = open_pipeline(config.ckpt, config.vae_ckpt, config.pn, decay is not None, decay or 0.0).to(me.device)
+    if config.compile:
+        pipeline.compile_parts()
+    return pipeline
 
 
 def digests_of(pipeline: SARPipeline) -> dict[str, str]:

@@ -53,8 +53,7 @@ class Trainer(Loop):
         model.head.label_smoothing, model.scale_weights = config.optim.label_smoothing, config.optim.scale_weights
         super().__init__(config, model, train_set, val_set, ranks)
         if config.speed.compile:
-            for block in model.blocks:
-                block.compile_parts()
+            model.compile_parts()
         self.vae = vae.to(ranks.device)
         self.pathway = self.vae.pathway  # frozen
         self.encode = encode or partial(encode_batch, self.vae, supervision=config.model.supervision)

@@ -15,18 +15,21 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 
-from benchmarks.attention import dense
+from benchmarks.attention import kinds_of_attention
 from benchmarks.common import Ruler, machine, peak_memory, reset_peak
 from benchmarks.train_step import DEFAULT, KINDS, make_trainer
-from models import FlexVARConfig, Guidance, SamplingConfig, ScaleSchedule, generate
-from models.layers import ScaleCausalAttention, kernel_for
-from models.sampling import TOP_K, TOP_P, evaluating
+from models import FlexVARConfig, Guidance, SamplingConfig, ScaleSchedule
+from models.sampling import TOP_K, TOP_P, evaluating, sample_codes
+from models.tokenizer import exact_convolutions, to_bytes
 from train import sized_model
 from utils.config.training import ModelConfig, SARConfig
 from utils.evaluations.c2i.features import EfficientNetLite0
@@ -80,7 +83,21 @@ def stage(dry: bool) -> Stage:
     return Stage(device, "bf16", 256, DEFAULT, (16, 20, 24), 0, (1, 16, 128), 12, False)
 
 
+@contextmanager
+def plain_weights() -> Iterator[None]:
+    """Inside, models start from weights that are quick to draw: speed does not depend on them."""
+
+    def fill(x: torch.Tensor, std: float) -> torch.Tensor:
+        return x.uniform_(-1.7 * std, 1.7 * std)
+
+    with patch.object(nn.Linear, "reset_parameters", lambda _: None), patch.object(nn.init, "trunc_normal_", fill):
+        yield
+
+
 # ------------------------------------------------------------------------------------------------- rows
+
+
+MODES, ROLLOUTS = ("teacher_forcing", "csfl"), ("cfg", "argmax", "sample")
 
 
 @dataclass(frozen=True)
@@ -104,22 +121,20 @@ class Step:
 
 
 def steps(depths: tuple[int, ...]) -> list[Step]:
-    """The steps that are measured: each choice by itself on the smallest model, the others as they are trained."""
-    d = depths[0]
-    drawn = [Step(depth=n, mode=m, schedule="flexvar") for n in depths for m in ("teacher_forcing", "csfl")]
-    fixed = [Step(depth=d, mode=m) for m in ("teacher_forcing", "csfl")]
-    rollouts = [Step(depth=d, rollout=r, ssr=s) for r in ("argmax", "sample") for s in ("all", "last")]
-    last = [Step(depth=d, ssr="last")]
-    images = [Step(depth=d, cached=False, flags=f) for f in ((), ("--encode_tf32",))]
-    compiled = [Step(depth=d, schedule=s, flags=("--compile",)) for s in ("fixed", "flexvar")]
+    """The steps that are measured: as they are trained by the scripts, then each choice by itself on the smallest."""
+    d, compiled = depths[0], ("--compile",)
+    trained = [Step(depth=n, mode=m, schedule="flexvar", flags=compiled) for n in depths for m in MODES]
+    plain = [Step(depth=d, mode=m, schedule=s) for m in MODES for s in ("flexvar", "fixed")]
+    fixed = [Step(depth=d, flags=compiled)]
+    rollouts = [Step(depth=d, rollout=r, ssr=s, flags=compiled) for r in ROLLOUTS for s in ("all", "last")][1:]
+    images = [Step(depth=d, cached=False, flags=(*compiled, *f)) for f in ((), ("--encode_tf32",))]
     saving = [Step(depth=d, flags=("--checkpoint_activations",))]
     others = [
-        Step("var", d, "csfl"),
-        Step("var", d, "teacher_forcing"),
+        *(Step("var", d, mode, flags=compiled) for mode in MODES),
         Step("flowar", 12, "teacher_forcing"),
         Step("flowar", 12, "csfl", flags=("--rollout_steps=4",)),
     ]
-    return [*drawn, *fixed, *rollouts, *last, *images, *compiled, *saving, *others]
+    return [*trained[:2], *plain, *fixed, *trained[2:], *images, *rollouts, *saving, *others]
 
 
 def measure_step(step: Step, place: Stage, directory: Path) -> Row:
@@ -149,8 +164,8 @@ def measured_step(step: Step, place: Stage, directory: Path, batch: int) -> Row:
         precision=place.precision, workers=0 if place.tiny else 8, flags=more, image=place.image, tiny=place.tiny,
     )  # fmt: skip
     pn = place.pn if place.tiny else KINDS[step.model].pn
-    with tempfile.TemporaryDirectory(dir=directory) as folder:
-        trainer = make_trainer(args, step.depth, batch, pn, Path(folder))
+    with plain_weights():
+        trainer = make_trainer(args, step.depth, batch, pn, directory / step.model)
         device, ruler = trainer.ranks.device, place.ruler(trainer.precision.dtype)
         batches = iter(trainer.loader())
         for _ in range(3):
@@ -223,87 +238,65 @@ def parity(place: Stage) -> Row:
     }
 
 
-def attention(place: Stage) -> Row:
-    """Milliseconds of a layer's attention, forward and backward: by groups, under one mask, and by packed sequences."""
-    schedule, dtype = place.schedule, Precision(place.precision, place.device).dtype
-    shape = (2 if place.tiny else 32, schedule.total, 2 if place.tiny else 16, 64)
-    leaves = [F.normalize(torch.randn(shape, device=place.device), dim=-1).to(dtype).requires_grad_() for _ in range(3)]
-    up, ruler = torch.randn(shape, device=place.device).to(dtype).transpose(1, 2), place.ruler(dtype)
-    kinds = {"groups": ScaleCausalAttention(schedule, place.device), "one mask": dense(schedule, place.device)}
-    found: Row = {}
-    for name, attend in kinds.items():
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling to be measured."""
 
-        def call(attend=attend) -> object:
-            return torch.autograd.grad(attend(*(x.transpose(1, 2) for x in leaves)), leaves, up)
+    model: str
+    depth: int
+    batch: int
+    compiled: bool = False
 
-        found[f"{name} ms"] = 1e3 * ruler.measure(call, 5).seconds
-        found[f"{name}: kernels"] = kernels(call, place.device)
-    packed = packed_attention(leaves, schedule, up)
-    if packed is not None:
-        found["packed ms"] = 1e3 * ruler.measure(packed, 5).seconds
-    own = kernel_for(place.device, dtype)
-    return found | {"optional kernel": own.name if own else "none"}
+    @property
+    def name(self) -> str:
+        return f"sampling {self.model}-d{self.depth}, {self.batch} at a time{', compiled' * self.compiled}"
 
 
-def packed_attention(leaves: list, schedule: ScaleSchedule, up: torch.Tensor) -> Callable[[], object] | None:
-    """`torch.nn.attention.varlen` over the spans of all scales at once; None where it does not run."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    batch, device = len(leaves[0]), leaves[0].device
-
-    def starts(lengths: tuple[int, ...]) -> torch.Tensor:
-        """Starts of each scale of each image, and the end of all."""
-        return torch.tensor([0, *lengths * batch], device=device).cumsum(0).int()
-
-    queries, keys = starts(schedule.lengths), starts(schedule.offsets[1:])
-    longest = max(schedule.lengths), schedule.total
-
-    def call() -> object:
-        q, k, v = leaves
-        seen = [torch.cat([x[:, :end] for end in schedule.offsets[1:]], 1).flatten(0, 1) for x in (k, v)]
-        out = varlen_attn(q.flatten(0, 1), *seen, queries, keys, *longest, scale=1.0)
-        return torch.autograd.grad(out.unflatten(0, (batch, -1)).transpose(1, 2), leaves, up)
-
-    try:
-        call()
-    except (RuntimeError, TypeError, ValueError, NotImplementedError):
-        return None
-    return call
+def samplings(place: Stage) -> list[Sampling]:
+    """The sampling that is measured."""
+    least, small, large = (place.samples[i] for i in (0, -2, -1))
+    d, flow = place.depths[0], 1 if place.tiny else 6
+    eager = [Sampling("flexvar", d, n) for n in place.samples]
+    compiled = [Sampling("flexvar", n, large, True) for n in place.depths]
+    others = [Sampling("flexvar", d, least, True), Sampling("var", d, small), Sampling("flowar", flow, small)]
+    return [*eager, *compiled[:1], *others, *compiled[1:]]
 
 
-def kernels(call: Callable[[], object], device: torch.device) -> str:
-    """Names of the attention kernels that ran."""
-    if device.type != "cuda":
-        return "no GPU"
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-    names = {event.key for event in profile.key_averages()}
-    wanted = ("flash", "cudnn", "efficient", "fmha", "math")
-    return ", ".join(sorted(name.split("<")[0][:60] for name in names if any(w in name.lower() for w in wanted)))
-
-
-def sampling(place: Stage, model_name: str, depth: int, batch: int) -> Row:
-    """Images a second, guided, with the decoder."""
-    torch.manual_seed(0)
-    kind = KINDS[model_name]
-    vae = kind.tokenizer(place.tiny).to(place.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+def measure_sampling(place: Stage, what: Sampling) -> Row:
+    """Images a second, guided, as in the evaluation: codes in half precision, decoded in fp32 and in TF32."""
+    kind, precision = KINDS[what.model], Precision(place.precision, place.device)
+    vae = kind.tokenizer(place.tiny).to(place.device).eval().requires_grad_(False)
     schedule = place.schedule if place.tiny else ScaleSchedule.parse(kind.pn)
-    flags = [f"--depth={depth}", f"--pn={'_'.join(map(str, schedule.sides))}", "--schedule=fixed"]
+    flags = [f"--depth={what.depth}", f"--pn={'_'.join(map(str, schedule.sides))}", "--schedule=fixed"]
     flags += [f"--width={place.width}", *kind.flags_of(place.tiny)]
-    model = sized_model(parse(ModelConfig, flags), vae, 1000).build().to(place.device).eval()
-    config = SamplingConfig(Guidance("ramp", 2.2), TOP_K, TOP_P)
-    precision = Precision(place.precision, place.device)
+    with plain_weights():
+        model = sized_model(parse(ModelConfig, flags), vae, 1000).build().to(place.device).eval()
+    for part in (model, vae) if what.compiled else ():
+        part.compile_parts()
+    config, ruler = SamplingConfig(Guidance("ramp", 2.2), TOP_K, TOP_P), place.ruler(precision.dtype)
 
-    @torch.no_grad()
-    def run() -> None:
-        with precision.autocast():
-            generate(model, vae, torch.arange(batch) % model.config.num_classes, schedule, config, range(batch))
+    def codes() -> dict:
+        labels = torch.arange(what.batch) % model.config.num_classes
+        with torch.no_grad(), precision.autocast():
+            return sample_codes(model, vae.pathway, labels, schedule, config, range(what.batch))
+
+    drawn = codes()
+
+    def decode(tf32: bool) -> None:
+        with torch.no_grad(), exact_convolutions(tf32):
+            to_bytes(vae.decode_at(drawn, schedule.sides[-1], schedule))
 
     reset_peak(place.device)
-    timing = place.ruler(precision.dtype).measure(run, 3)
-    return {"images/s": batch / timing.seconds, "peak GB": peak_memory(place.device) * 2**30 / 1e9}
+    drawing = ruler.measure(codes, 3).seconds
+    exact, rounded = (ruler.measure(partial(decode, tf32), 2).seconds for tf32 in (False, True))
+    return {
+        "images/s": what.batch / (drawing + exact),
+        "images/s, decoding in TF32": what.batch / (drawing + rounded),
+        "s, codes": drawing,
+        "s, decoding": exact,
+        "s, decoding in TF32": rounded,
+        "peak GB": peak_memory(place.device) * 2**30 / 1e9,
+    }
 
 
 def judging(place: Stage) -> Row:
@@ -318,20 +311,17 @@ def judging(place: Stage) -> Row:
 def rows(place: Stage, directory: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
     """Every row by name, the most wanted first."""
     yield "parity", lambda: parity(place)
-    yield "attention", lambda: attention(place)
-    for step in steps(place.depths):
-        yield step.name, lambda step=step: measure_step(step, place, directory)  # type: ignore[misc]
-    for depth in place.depths:
-        for batch in place.samples:
-            yield (
-                f"sampling flexvar-d{depth}, {batch} at a time",
-                lambda depth=depth, batch=batch: sampling(place, "flexvar", depth, batch),  # type: ignore[misc]
-            )
-    for name, depth in (("var", place.depths[0]), ("flowar", 1 if place.tiny else 6)):
-        yield (
-            f"sampling {name}-d{depth}, {place.samples[1]} at a time",
-            lambda name=name, depth=depth: sampling(place, name, depth, place.samples[1]),  # type: ignore[misc]
-        )
+    dtype, sizes = Precision(place.precision, place.device).dtype, (2, 2) if place.tiny else (32, 16)
+    yield "attention", lambda: kinds_of_attention(place.schedule, *sizes, dtype, place.ruler(dtype))
+    trained, drawn = steps(place.depths), samplings(place)
+    for step in trained[:7]:
+        yield step.name, partial(measure_step, step, place, directory)
+    for what in drawn[:4]:
+        yield what.name, partial(measure_sampling, place, what)
+    for step in trained[7:]:
+        yield step.name, partial(measure_step, step, place, directory)
+    for what in drawn[4:]:
+        yield what.name, partial(measure_sampling, place, what)
     yield "judging efficientnet_lite0", lambda: judging(place)
 
 
@@ -370,20 +360,22 @@ def main() -> None:
         if (before["machine"], before["dry_run"]) != (content["machine"], args.dry_run):
             raise ValueError(f"{file} is of another machine or size: use another --out")
         content = before
-    for name, measure in rows(place, args.out):
-        if args.only not in name or "error" not in content["rows"].get(name, {"error": ""}):
-            continue
-        if time.monotonic() - began > 60 * args.minutes:
-            print(f"{args.minutes:g} minutes are over: the same command goes on")
-            break
-        start = time.monotonic()
-        try:
-            row = measure()
-        except (RuntimeError, ValueError) as error:  # out of memory is one: the other rows are worth having
-            row = {"error": str(error).strip().splitlines()[0][:200]}
-        content["rows"][name] = row
-        print(f"{name} ({time.monotonic() - start:.0f} s): {', '.join(f'{k} {shown(v)}' for k, v in row.items())}")
-        write_json(file, content)
+    quick = partial(torch.compile, backend="aot_eager") if args.dry_run else torch.compile  # seconds, not minutes
+    with tempfile.TemporaryDirectory() as scratch, patch.object(torch, "compile", quick):
+        for name, measure in rows(place, Path(scratch)):
+            if args.only not in name or "error" not in content["rows"].get(name, {"error": ""}):
+                continue
+            if time.monotonic() - began > 60 * args.minutes:
+                print(f"{args.minutes:g} minutes are over: the same command goes on")
+                break
+            start = time.monotonic()
+            try:
+                row = measure()
+            except (RuntimeError, ValueError) as error:  # out of memory is one: the other rows are worth having
+                row = {"error": str(error).strip().splitlines()[0][:200]}
+            content["rows"][name] = row
+            print(f"{name} ({time.monotonic() - start:.0f} s): {', '.join(f'{k} {shown(v)}' for k, v in row.items())}")
+            write_json(file, content)
     (args.out / "gpu.md").write_text(report(content["rows"]), encoding="utf-8")
     print(f"wrote {args.out / 'gpu.md'}")
 

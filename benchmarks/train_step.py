@@ -107,13 +107,14 @@ def step_flops(args: argparse.Namespace, trainer: SARTrainer) -> float:
 
 
 def make_trainer(args: argparse.Namespace, depth: int, batch: int, pn: str, directory: Path) -> SARTrainer:
-    """A trainer as `train.py` builds it."""
+    """A trainer as `train.py` builds it; its tokenizer and data stay in `directory` for the next one."""
     vae, data, kind = directory / "vae.safetensors", directory / "data", KINDS[args.model]
     torch.manual_seed(0)
-    save_weights(kind.tokenizer(args.tiny), vae)
-    (data / "train/class").mkdir(parents=True)
-    for i, image in enumerate(to_pil(random_images(8, args.image))):
-        image.save(data / f"train/class/{i}.jpg")
+    if not vae.exists():
+        (data / "train/class").mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(to_pil(random_images(8, args.image))):
+            image.save(data / f"train/class/{i}.jpg")
+        save_weights(kind.tokenizer(args.tiny), vae)
     flags = [f"--workers={args.workers}", f"--vae_ckpt={vae}", f"--depth={depth}"]
     flags += [
         f"--pn={pn}",
@@ -132,13 +133,11 @@ def make_trainer(args: argparse.Namespace, depth: int, batch: int, pn: str, dire
     ]
     if args.mode == "csfl":
         flags += [f"--ssr={args.ssr}", f"--rollout={args.rollout}"]
-    if args.cached:
+    if args.cached and not (directory / "codes").exists():
         tied = {"pn": pn} if kind.config.tied_to_schedule else {}
         config = CacheConfig(out=str(directory / "codes"), vae_ckpt=str(vae), crops=1, image_size=args.image, **tied)
         build_cache(CacheFlags(config, DataConfig(data_path=str(data), workers=0)), alone())
-        flags += [f"--code_cache={directory / 'codes'}"]
-    else:
-        flags += [f"--data_path={data}"]
+    flags += [f"--code_cache={directory / 'codes'}"] if args.cached else [f"--data_path={data}"]
     if args.plain:
         TRAINERS["csfl"] = PlainSAR
     return build(parse(TrainConfig, flags), alone())

@@ -174,6 +174,11 @@ class FlexVAR(nn.Module):
         # A block's modulation is computed before the block runs.
         return [part for block in self.blocks for part in (block.get_submodule("ada_lin"), block)]
 
+    def compile_parts(self) -> None:
+        """Compile the blocks, all but their attention."""
+        for block in self.blocks:
+            block.compile_parts()
+
     @property
     def device(self) -> torch.device:
         return self.pos_start.device

@@ -220,6 +220,10 @@ class FlowAR(nn.Module):
         """See `FlexVAR.shard_units`."""
         return [*(part for block in self.blocks for part in (block.ada_lin, block)), *self.flownet.res_blocks]
 
+    def compile_parts(self) -> None:
+        """Raises ValueError: its blocks have no parts for that."""
+        raise ValueError("FlowAR is not compiled: leave --compile out")
+
     @property
     def null_class(self) -> int:
         """The unconditional class. Whoever calls the model chooses it; the model never does."""

@@ -44,7 +44,8 @@ class ScaleCausalAttention:
         ends = tuple(accumulate(self.lengths))
         seen = zip(q.split(self.lengths, dim=2), Prefixes.apply(k, ends), Prefixes.apply(v, ends), strict=True)
         out = [attend(*part, None if i else self.mask, self.dropout) for i, part in enumerate(seen)]
-        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+        # Kernels write (B, L, H, d): joined along L as it lies in memory, it is (B, L, C) without a copy.
+        return torch.cat([x.transpose(1, 2) for x in out], dim=1).transpose(1, 2)
 
 
 class Prefixes(torch.autograd.Function):

@@ -161,6 +161,11 @@ class SARPipeline(
     def device(self) -> torch.device:
         return self.model.device
 
+    def compile_parts(self) -> None:
+        """Compile the blocks and the decoder: about a minute at their first use, twice the speed on a GPU."""
+        self.model.compile_parts()
+        self.vae.compile_parts()
+
     @property
     def side(self) -> int:
         """Pixels of an image's side."""

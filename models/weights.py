@@ -131,7 +131,7 @@ def load_tokenizer(path: str | Path, **options: float) -> Tokenizer:
     `options` are fields of its config that no file tells: `scaling` and `patch` of a KL autoencoder.
 
     Of a run with a moving average of its weights it is the average. Its weights are laid out channels last, which
-    convolutions are faster in.
+    convolutions are faster in on a CPU.
     """
     path = tokenizer_file(path)
     weights = read_state_dict(path)

@@ -12,4 +12,5 @@ PROTOCOL=(
 # A sweep is in place of the recipe's own value.
 case " $* " in *" --sweep_cfg"*) ;; *) PROTOCOL+=(--cfg "$CFG") ;; esac
 case " $* " in *" --sweep_top_p"*) ;; *) PROTOCOL+=(--top_p "$TOP_P") ;; esac
+if [ -n "${COMPILE:-}" ] && pays_to_compile; then PROTOCOL+=("$COMPILE"); fi
 launch evaluate.py "${PROTOCOL[@]}" "${RECIPE[@]}" "$@"

@@ -39,6 +39,11 @@ count_gpus() {
     fi
 }
 
+# pays_to_compile : there is a GPU, and the C compiler that torch.compile needs.
+pays_to_compile() {
+    [ "$(count_gpus)" -gt 0 ] && command -v "${CC:-cc}" gcc clang >/dev/null
+}
+
 # whole NAME VALUE LEAST MOST : an environment variable must be such a number.
 whole() {
     case "$2" in '' | *[!0-9]* | ??????*) fail "$1 must be a whole number from $3 to $4, got '$2'" ;; esac

@@ -2,7 +2,7 @@
 FILE_FlexVAR='' FILE_SAR='' FILE_VAR='' ALNG=1e-3 CFG=2.5 TOP_P=0.95 # of a depth that was not released
 VAR_EPOCHS=350 VAR_BS=768 VAR_LR=2.4e-4 VAR_WPE=0.01 VAR_TWDE=''
 FLOW_STEPS=25 FLOW_INTERVAL=0.9 FLOW_DEPTH=2 FLOW_WIDTH=1024
-TOKENIZER=FlexVAE.pth MODEL=()
+TOKENIZER=FlexVAE.pth MODEL=() COMPILE=--compile # on a GPU; a --nocompile that follows takes it back
 case "$DEPTH" in
     16)
         FILE_FlexVAR=FlexVARd16-epo179.pth FILE_SAR=SARd16-epo179.pth FILE_VAR=var_d16.pth CFG=2.2
@@ -58,7 +58,7 @@ flowar_sizes() { # of SIZE: S, B, L or H; B is our reading, from S with twice th
         --flow_width "$FLOW_WIDTH"
         --flow_cross "${CROSS:-false}"
     )
-    AUGMENT=(--augment flowar)
+    AUGMENT=(--augment flowar) COMPILE=
     [ "$SIZE" != H ] || MODEL+=(--heads 16)
 }
 

@@ -7,5 +7,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 ENTRY=${ENTRY:-train.py}
 # How images are cropped stands in a code cache's manifest, where there is one.
 case " $* " in *" --code_cache"*) ;; *) RECIPE+=(${AUGMENT[@]+"${AUGMENT[@]}"}) ;; esac
+if [ -n "${COMPILE:-}" ] && pays_to_compile; then RECIPE+=("$COMPILE"); fi
 asked_for_help "$@" || "$PYTHON" "$ENTRY" "${RECIPE[@]}" "$@" --check # one clear line before torchrun starts, if something is missing
 launch "$ENTRY" "${RECIPE[@]}" "$@"

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -227,6 +228,30 @@ def test_pictures_are_decoded_in_full_precision_whatever_the_model_runs_in(saved
         with patch("evaluate.sample_codes", lambda *_, **__: {4: torch.arange(32).view(2, 16)}):
             batches.append(source.batch(range(2)))
     assert torch.equal(*batches)
+
+
+def test_decoding_in_tf32_is_asked_for(saved):
+    pipeline, seen = SARPipeline.from_pretrained(saved), []
+    real = pipeline.vae.decode_at
+    pipeline.vae.decode_at = lambda *args: seen.append(torch.backends.cudnn.allow_tf32) or real(*args)
+    for asked in (False, True):
+        config = parse(EvalConfig, [f"--ckpt={saved}", *(["--decode_tf32"] if asked else [])])
+        Generated(pipeline, config, *config.settings()[0]).batch(range(1))
+        assert seen[-1] is asked
+
+
+def test_compiled_it_judges_the_same_images_and_says_so(saved, real, tmp_path, monkeypatch):
+    calls = []
+    quick = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", lambda f, *a, **k: calls.append(f) or quick(f, *a, **k))
+    for name, more in (("plain", []), ("compiled", ["--compile", "--decode_tf32"])):
+        judge(*flags(saved, real, tmp_path / name, "--top_k=1", "--top_p=0.95", *more))
+        assert bool(calls) is (name == "compiled")
+    plain, compiled = (report_of(tmp_path / name) for name in ("plain", "compiled"))
+    for name, value in numbers(plain).items():
+        assert numbers(compiled)[name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
+    assert compiled["settings"].items() >= {"compiled": True, "decoded_in": "tf32"}.items()
+    assert plain["settings"]["decoded_in"] == "fp32"
 
 
 def test_tokenizer_report(vae, real, tmp_path):

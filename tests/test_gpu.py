@@ -1,9 +1,11 @@
 """What a CPU can say of a GPU: on a fake one, nothing mixes devices and the hot path never waits for a result."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_tokenizer
 from models import Guidance, SamplingConfig
@@ -124,6 +126,15 @@ def test_a_step_of_the_tokenizer(kind, tmp_path):
         trainer.precision = Precision("bf16", GPU)
         images, labels = torch.rand(4, 3, 16, 16, device=GPU), torch.zeros(4, dtype=torch.long, device=GPU)
         assert trainer.micro_loss(images, labels)[0].device == GPU
+
+
+def test_a_tokenizer_that_comes_to_a_gpu_lies_row_by_row(vae):
+    moving = copy.deepcopy(vae).to(memory_format=torch.channels_last)
+    first = moving.encoder.conv_in.weight
+    assert not first.is_contiguous()
+    with FakeTensorMode():
+        moving._apply(lambda t: torch.empty_strided(t.shape, t.stride(), device=GPU))  # as `to` does
+        assert moving.encoder.conv_in.weight.is_contiguous()
 
 
 def test_features_of_the_evaluation():

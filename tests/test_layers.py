@@ -36,6 +36,12 @@ def test_grouped_attention_and_its_gradients_equal_the_dense_mask(sides):
         assert torch.allclose(a, b, atol=1e-12)
 
 
+def test_attention_leaves_its_output_as_the_next_product_reads_it():
+    schedule = ScaleSchedule((1, 2, 5, 13))  # a coarse group and a finer scale
+    q, k, v = (torch.randn(2, schedule.total, 3, 8).transpose(1, 2) for _ in range(3))
+    assert ScaleCausalAttention(schedule, q.device)(q, k, v).transpose(1, 2).is_contiguous()
+
+
 def test_no_mask_is_larger_than_the_coarse_group():
     attention = ScaleCausalAttention(DEFAULT_SCHEDULE, torch.device("cpu"))
     assert len(attention.mask) == 155 <= COARSE_TOKENS

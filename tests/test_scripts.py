@@ -1,5 +1,6 @@
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,29 @@ def test_gpus_are_counted(spy, tmp_path):
     assert "--nproc_per_node 2 --standalone" in " ".join(calls_of(spy)[-1])
     run("bash", "scripts/train_SAR_d16.sh", PYTHON=str(spy), PATH=path, CUDA_VISIBLE_DEVICES="")
     assert calls_of(spy)[-1][0] == "train.py"
+
+
+@pytest.mark.parametrize("script", ["train_SAR_d16", "eval_VAR_d16", "train_FlowAR_B", "eval_FlowAR_S"])
+def test_blocks_are_compiled_where_that_pays(script, spy, tmp_path):
+    def compiled(path: str, *more: str) -> bool:
+        run("bash", f"scripts/{script}.sh", *more, PYTHON=str(spy), PATH=path)
+        command = calls_of(spy)[-1]
+        kind = EvalConfig if script.startswith("eval") else TrainConfig
+        config = parse(kind, command[command.index("evaluate.py" if kind is EvalConfig else "train.py") + 1 :])
+        return config.compile if kind is EvalConfig else config.speed.compile
+
+    tools = tmp_path / "tools"  # of a machine without GPU and compiler
+    tools.mkdir()
+    for name in ("bash", "dirname", "readlink", "tr", "grep", "nproc", "sed"):
+        (tools / name).symlink_to(shutil.which(name))
+    assert not compiled(str(tools))
+    smi = tools / "nvidia-smi"
+    smi.write_text("#!/usr/bin/env bash\necho GPU 0: a\n")
+    smi.chmod(0o755)
+    assert not compiled(str(tools))  # torch.compile needs a C compiler
+    (tools / "cc").symlink_to(shutil.which("true"))
+    assert compiled(str(tools)) is ("FlowAR" not in script)
+    assert not compiled(str(tools), "--nocompile")
 
 
 @pytest.mark.parametrize(
