@@ -25,12 +25,14 @@ import torch
 from torch import nn
 
 from benchmarks.attention import kinds_of_attention
-from benchmarks.common import Ruler, machine, peak_memory, reset_peak
+from benchmarks.common import Ruler, forward_flops, machine, peak_memory, reset_peak
 from benchmarks.train_step import DEFAULT, KINDS, make_trainer
 from models import FlexVARConfig, Guidance, SamplingConfig, ScaleSchedule
 from models.sampling import TOP_K, TOP_P, evaluating, sample_codes
+from models.scales import draw_schedule
 from models.tokenizer import exact_convolutions, to_bytes
 from train import sized_model
+from trainer import Trainer
 from utils.config.training import ModelConfig, SARConfig
 from utils.evaluations.c2i.features import EfficientNetLite0
 from utils.reporting.tables import markdown
@@ -186,13 +188,23 @@ def measured_step(step: Step, place: Stage, directory: Path, batch: int) -> Row:
                 trainer.precision.dtype,
                 cached=step.cached,
             )
-            found |= {"TFLOP an image": cost.flops / 1e12, "TFLOP/s": images * cost.flops / 1e12}
-            found["share of products' speed"] = images * cost.flops * timing.seconds / timing.products / ruler.flops
+            flops = cost.flops * drawn_share(trainer, place)
+            found |= {"TFLOP an image": flops / 1e12, "TFLOP/s": images * flops / 1e12}
+            found["share of products' speed"] = images * flops * timing.seconds / timing.products / ruler.flops
             found["estimated GB"] = (cost.fixed + batch * cost.image) / 1e9
         found["peak GB"] = peak_memory(device) * 2**30 / 1e9
         found["new graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
         found["waits"] = waits
         return found | {"h for 10 epochs of ImageNet": 10 * IMAGENET / images / 3600}
+
+
+def drawn_share(trainer: Trainer, place: Stage) -> float:
+    """Mean cost of the schedules of the steps that were just measured, of the longest one's."""
+    seed, config = trainer.config.run.seed, trainer.model.config
+    if trainer.config.model.schedule == "fixed":
+        return 1.0
+    drawn = [draw_schedule(seed, trainer.step - 1 - i) for i in range(place.steps)]
+    return sum(forward_flops(config, s) for s in drawn) / len(drawn) / forward_flops(config, place.schedule)
 
 
 def count_waits(call: Callable[[], object], device: torch.device) -> int | str:

@@ -85,7 +85,7 @@ def test_what_costs_more_is_estimated_to_cost_more():
 def test_check_prints_the_cost_of_the_given_flags(flags):
     status, out, said = tool(main, *flags, "--check")
     assert status == 0, said
-    assert "estimate, nothing of it measured: csfl of a flexvar of 0 M parameters in bf16, 21 tokens" in out
+    assert "estimate: csfl of a flexvar of 0 M parameters in bf16, 21 tokens" in out
     assert "--micro_batch: " in out
     for part in ("fit 24 GB", "fit 40 GB", "fit 80 GB", "h on one A100", "GB a checkpoint"):
         assert part in out

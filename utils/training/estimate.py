@@ -3,7 +3,7 @@
 python -m utils.training.estimate       # a table of the released sizes; train.py --check says it of the given flags
 
 Counted on tensors without values: what autograd keeps for the backward pass, and the products of a forward pass.
-Nothing here is measured.
+Nothing here is measured but the share of its peak that a card reaches.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from utils.runtime.entry import entry
 from utils.runtime.flags import Parser
 
 IMAGENET = 1_281_167  # images
-SHARE = 0.4  # of a card's peak that training reaches: an assumption
+SHARE = 0.28  # of a card's peak that compiled training reaches: measured on an H100 (docs/benchmarks.md)
 CARDS = {"A100": 312e12, "H100": 989e12}  # peak FLOP/s in bf16, dense, as their maker states them
 MEMORY = (24, 40, 80)  # GB of a card
 FREE = 0.92  # share of a card's memory that is there for tensors: the rest is the context's, and lost between them
@@ -196,7 +196,7 @@ def lines_of(found: Estimate, what: str, images: float, keep: int, averages: int
     hours = ", ".join(f"{found.hours(images, card):,.0f} h on one {card}" for card in CARDS)
     checkpoint = found.parameters * (12 + 4 * averages) / 1e9
     return [
-        f"estimate, nothing of it measured: {what}",
+        f"estimate: {what}",
         f"  memory: {found.fixed / 1e9:.1f} GB and {found.image / 1e9:.2f} GB an image; --micro_batch: {fits}",
         f"  time: {found.flops / 1e12:.2f} TFLOP an image; the run's {images:,.0f} images take {hours}, at "
         f"{SHARE:.0%} of the card's peak",
