@@ -1,8 +1,8 @@
 """Rival of SAR: teacher forcing on a corrupted context, the field's usual cure for exposure bias.
 
 Tokens are corrupted before they are shifted up; targets stay true. Per scale it is the self-correction of Infinity
-(arXiv 2412.04431), per image the noisy context of reAR. No target changes: FlexVAR's codes of a scale do not depend on
-those before it.
+(arXiv 2412.04431), per image the noisy context of reAR. FlexVAR's codes of a scale do not depend on those before it;
+VAR's do, and are quantised anew (the truth's canvas stands for the latent, which no code cache holds).
 
 Legend: B batch, L tokens of a schedule, V codebook rows, D codebook width.
 """
@@ -28,7 +28,8 @@ class NoisyContext(Trainer):
             return super().compute_loss(batch, schedule)
         truth = batch.tokens(schedule)
         fed = self.corrupt(truth, schedule)
-        found = self.predict(batch.labels, self.inputs(fed, schedule), truth, schedule)
+        targets = self.pathway.requantised(fed, truth, schedule, one_step=False, meant=truth)
+        found = self.predict(batch.labels, self.inputs(fed, schedule), targets, schedule)
         corrupted = (fed != truth).float().mean()
         return found.loss, {"loss": found.loss.detach(), "corrupted": corrupted, **found.metrics(schedule)}
 
@@ -37,7 +38,7 @@ class NoisyContext(Trainer):
         sar, shares = self.config.sar, self.shares(len(truth), len(schedule)).to(truth.device, non_blocking=True)
         hit = torch.rand(truth.shape, device=truth.device) < to_tokens_of(shares, schedule.lengths)
         if sar.noise == "uniform":
-            others = torch.randint(len(self.pathway.codebook), truth.shape, device=truth.device)
+            others = torch.randint(self.model.config.codebook_size, truth.shape, device=truth.device)
         else:
             near = self.neighbours[truth]  # (B, L, K)
             place = torch.randint(near.shape[-1], (*truth.shape, 1), device=truth.device)
@@ -56,7 +57,8 @@ class NoisyContext(Trainer):
     def neighbours(self) -> Tensor:
         """The nearest other rows of each row of the codebook (V, K), made when they are first asked for."""
         if not hasattr(self, "_neighbours"):
-            rows, k = self.pathway.codebook.float(), self.config.sar.noise_neighbours
+            every = torch.arange(self.model.config.codebook_size, device=self.ranks.device)
+            rows, k = self.pathway.embed(every[None])[0].float(), self.config.sar.noise_neighbours
             found = [torch.cdist(part, rows).topk(k + 1, largest=False).indices[:, 1:] for part in rows.split(1024)]
             self._neighbours = torch.cat(found)
         return self._neighbours

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from contrastive_alignment import ContrastiveAlignment
 from models.class_names import class_names
 from models.flexvar import FlexVAR, FlexVARConfig
 from models.generators import GENERATORS, recognise
@@ -37,7 +38,10 @@ from utils.training.loop import start
 
 # Errors of tensors without values, in an estimate: the flags are as good as before.
 NO_VALUES = (RuntimeError, AssertionError, AttributeError, TypeError)
-TRAINERS = {"teacher_forcing": Trainer, "csfl": SARTrainer, "noisy": NoisyContext, **STUDENT_FORCING}
+TRAINERS = {
+    "teacher_forcing": Trainer, "csfl": SARTrainer, "noisy": NoisyContext, "cca": ContrastiveAlignment,
+    **STUDENT_FORCING,
+}  # fmt: skip
 
 
 def sized_model(wanted: ModelConfig, vae: Tokenizer, classes: int) -> FlexVARConfig:

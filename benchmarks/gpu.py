@@ -34,7 +34,7 @@ from models.tokenizer import exact_convolutions, to_bytes
 from train import sized_model
 from trainer import Trainer
 from utils.config.training import ModelConfig, SARConfig
-from utils.evaluations.c2i.features import EfficientNetLite0
+from utils.evaluations.c2i.features import EfficientNetLite
 from utils.reporting.tables import markdown
 from utils.runtime.distributed import alone
 from utils.runtime.entry import check_output_directory, entry
@@ -313,7 +313,7 @@ def measure_sampling(place: Stage, what: Sampling) -> Row:
 
 def judging(place: Stage) -> Row:
     """Images a second through the evaluation's network."""
-    network, batch = EfficientNetLite0().to(place.device), 2 if place.tiny else 128
+    network, batch = EfficientNetLite().to(place.device), 2 if place.tiny else 128
     images = torch.zeros(batch, 3, place.image, place.image, dtype=torch.uint8, device=place.device)
     with evaluating(network):
         timing = place.ruler(torch.float32).measure(lambda: network(images), 3)

@@ -60,8 +60,10 @@ def training_flops(sar: dict, model: FlexVARConfig, schedule: ScaleSchedule) -> 
     """
     whole = forward_flops(model, schedule)
     fed = forward_flops(model, ScaleSchedule(schedule.sides[:-1]))  # the last scale feeds nothing
-    if sar["training_mode"] == "teacher_forcing":
+    if sar["training_mode"] in ("teacher_forcing", "noisy"):
         return 3 * whole
+    if sar["training_mode"] == "cca":  # images and their classes, and other classes; each also by the frozen model
+        return 2 * (3 + 1) * whole
     if sar["training_mode"] != "csfl":  # a cached walk over the scales that feed, then the pass that is trained
         return 3 * whole + (fed / 2 if sar["training_mode"] == "sf_alternate" else fed)
     last = ScaleSchedule((1, schedule.sides[-1]))

@@ -86,8 +86,8 @@ class Kind:
 
 
 MODELS = {
-    "flexvar": Kind("FlexVAR", ["--z_channels=64", *CODEBOOK]),
-    "hybrid": Kind("hybrid model", ["--z_channels=64", *CODEBOOK], HYBRID),
+    "flexvar": Kind("FlexVAR", ["--z_channels=64", *CODEBOOK, "--sides_per_step=1"]),
+    "hybrid": Kind("hybrid model", ["--z_channels=64", *CODEBOOK, "--sides_per_step=1"], HYBRID),
     "var": Kind("VAR", ["--quantiser=residual", *CODEBOOK], ["--model=var"], [f"--pn={SIDES}"]),
     "flowar": Kind(
         "FlowAR",
@@ -96,7 +96,7 @@ MODELS = {
         [f"--pn={SIDES}"],
         ["--lr=3e-3"],
         ["--training_mode=csfl", "--rollout=sample", "--rollout_steps=4"],
-        steps=1500,
+        steps=1300,
         cfg=2.0,
         flow_steps=10,
     ),
@@ -311,7 +311,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/quickstart"))
     parser.add_argument("--tokenizer_steps", type=whole(1), default=300)
     parser.add_argument("--flexvar_steps", type=whole(0), default=0, help="0: as many as the model needs")
-    parser.add_argument("--further_steps", type=whole(1), default=150)
+    parser.add_argument("--further_steps", type=whole(1), default=60)
     parser.add_argument("--processes", type=whole(0), default=0, help="of each training run; 0: one a GPU, or two")
     parser.add_argument("--model", choices=MODELS, default="flexvar")
     args = parser.parse_args()
@@ -319,7 +319,12 @@ def main() -> None:
     kind, out, more = MODELS[args.model], args.out, args.further_steps
     first = args.flexvar_steps or kind.steps
     runs, seconds, scaling = {}, {}, []
-    steps = {"tokenizer": args.tokenizer_steps, "flexvar": first, "flexvar_continued": more, "sar": more}
+    steps = {
+        "tokenizer": args.tokenizer_steps,
+        "flexvar": first,
+        "flexvar_continued": more,
+        "sar": more,
+    }
     vae_ckpt = f"--vae_ckpt={out / 'tokenizer'}"
     # Of a GPU, --precision auto knows by itself.
     half = ["--precision=bf16"] if not torch.cuda.is_available() and cpu_has_bf16() else []
@@ -339,7 +344,7 @@ def main() -> None:
         runs[name], seconds[name] = run_stage(name, program, [*flags, *watch], steps[name], out, args.processes)
         if name == "tokenizer":
             codes = [vae_ckpt, f"--out={out / 'codes'}", f"--image_size={SIZE}", f"--seed={SEED}", *kind.cache]
-            # FlexVAR's 17 epochs see each crop about twice.
+            # As many as half of the epochs of FlexVAR, so that each is seen about twice.
             codes += [f"--crops={min(8, math.ceil(first * 48 / 1300))}", "--shard_images=128", "--batch=128"]
             seconds["codes"] = launch(["-m", "utils.data.code_cache", *DATA, *codes], args.processes)
     began = time.perf_counter()

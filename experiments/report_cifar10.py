@@ -28,6 +28,7 @@ Rows = dict[str, list[dict]]  # variant → the rows of its seeds
 
 COLUMNS = {
     "distance": ("Fréchet distance", 2),
+    "at_equal_score": ("at TF's score", 2),
     "to_reconstructions": ("to reconstructions", 2),
     "fid": ("FID", 2),
     "precision": ("precision", 3),
@@ -54,7 +55,7 @@ PAPER = {
         "SF hybrid@6": 10.83,  # hybrid@8: of its tokens 87 % are self-fed, here 77 %; of hybrid@16's (5.90) 38 %
     },
 }
-SHOWN = ("TF continued", "SAR guided", "SF full")  # in the sample grid
+SHOWN = ("TF continued", "SAR guided", "noisy context")  # in the sample grid
 
 
 def paired(found: Rows, a: str, b: str, name: str = "distance") -> list[float]:
@@ -150,6 +151,38 @@ def draw_curves(found: Rows, out: Path) -> None:
     plot_curves(panels, ("step", "held-out NLL, nats per token"), out / "curves.png")
 
 
+FRONTIER = {"distance": 2, "score": 2, "precision": 3, "recall": 3}  # digits
+
+
+def frontier_of(rows: list[dict]) -> list[dict]:
+    """Means over the seeds at every guidance."""
+    points = zip(*(row["frontier"] for row in rows), strict=True)
+    return [{key: statistics.mean(point[key] for point in same) for key in ("guidance", *FRONTIER)} for same in points]
+
+
+def frontier_table(found: Rows) -> str:
+    """A line a variant and guidance."""
+    lines = [
+        [name, f"{point['guidance']:g}", *(f"{point[key]:.{digits}f}" for key, digits in FRONTIER.items())]
+        for name, rows in found.items()
+        for point in frontier_of(rows)
+    ]
+    return markdown(["", "guidance", "Fréchet distance", "IS-style score", "precision", "recall"], lines)
+
+
+def draw_frontiers(found: Rows, out: Path) -> None:
+    """Distance against score, precision against recall, over guidance: variants with all seeds, and the others."""
+    most = max(len(rows) for rows in found.values())
+    panels = {"all seeds": lambda rows: len(rows) == most, "one seed": lambda rows: len(rows) < most}
+    axes = {"score": ("IS-style score", "Fréchet distance", "distance"), "recall": ("recall", "precision", "precision")}
+    for x, (x_title, y_title, y) in axes.items():
+        curves = {}
+        for title, wanted in panels.items():
+            chosen = {name: frontier_of(rows) for name, rows in found.items() if wanted(rows) or name == "TF continued"}
+            curves[title] = {n: ([p[x] for p in points], [p[y] for p in points]) for n, points in chosen.items()}
+        plot_curves(curves, (x_title, y_title), out / f"frontier_{x}.png")
+
+
 def draw_samples(found: Rows, out: Path, each: int = 10) -> None:
     """A row of `each` a class: the first seeds of some variants, at their guidance, from equal seeds."""
     pictures, captions = [], []
@@ -187,6 +220,7 @@ def write_report(out: Path) -> None:
     bounds = {kind: [row] for kind, row in study["bounds"].items()}
     draw_curves(found, out)
     draw_samples(found, out)
+    draw_frontiers(found, out)
     draw_trajectory(found, {name: study["settings"][name] for name in ("dataset", "data_path")}, out)
     parts = [
         "## Numbers",
@@ -195,8 +229,14 @@ def write_report(out: Path) -> None:
         differences_table(found, {key: title for key, title in columns.items() if key != "guidance"}),
         "## Claims, by the distance to held-out photographs",
         claims_table(found, "distance"),
+        "## Claims, by that distance at equal score",
+        claims_table(found, "at_equal_score"),
         "## Claims, by the distance to reconstructions",
         claims_table(found, "to_reconstructions"),
+        "## Frontiers over guidance",
+        frontier_table(found),
+        "![distance against score](frontier_score.png)",
+        "![precision against recall](frontier_recall.png)",
         "## Beside the paper",
         paper_table(found, "5"),
         paper_table(found, "3"),

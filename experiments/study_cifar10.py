@@ -4,13 +4,15 @@
     bash scripts/experiment_cifar10.sh --data_path cifar10 --size gpu --part all
     bash scripts/experiment_cifar10.sh --data_path cifar10 --status         # what is done
 
-Tokenizer → codes → FlexVAR by teacher forcing → from that one checkpoint, further steps of every variant → samples at
-the guidance that suits each variant best, chosen with other seeds → OUT/study.json, and report.md with its figures.
+Tokenizer → codes → FlexVAR by teacher forcing → from that one checkpoint, further steps of every variant, SAR's and its
+rivals' → samples at every guidance, compared at the one that suits each variant best, chosen with other seeds, and at
+equal score → OUT/study.json, and report.md with its figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,10 +34,10 @@ from experiments.plan_cifar10 import (
     CHOOSING,
     CLASSES,
     FORCED,
-    GUIDANCES,
     JUDGING,
     MAIN,
     OFFLINE,
+    OTHERS,
     PN,
     SIDE,
     SIZES,
@@ -72,9 +74,11 @@ class Study:
         self.features = {OFFLINE: (f"--features={OFFLINE}",)}
         if args.inception_weights:
             self.features["inception"] = (f"--inception_weights={args.inception_weights}",)
-        part = MAIN if args.part == "main" else VARIANTS
+        part = MAIN if args.part == "main" else {**MAIN, **OTHERS}
         seeds = args.seeds or range(self.size.seeds)
-        self.jobs = [(name, seed) for seed in seeds for name in (args.only or part)]
+        named = args.only or args.seeds  # else the others have one seed
+        jobs = [(name, seed) for seed in seeds for name in (args.only or part)]
+        self.jobs = [(name, seed) for name, seed in jobs if named or name in MAIN or seed == 0]
 
     def run(self, name: str, seed: int) -> Path:
         return self.out / f"runs/{slug(name)}_{seed}"
@@ -100,6 +104,8 @@ class Study:
         def further(job: tuple[str, int]) -> None:
             name, seed = job
             variant, steps = VARIANTS[name], self.steps(name)
+            if reached(self.run(name, seed)) >= steps:
+                return
             flags = [*variant.flags, f"--lr={size.lr * variant.lr:g}", f"--steps={steps}", f"--seed={seed}"]
             flags += [f"--init_ckpt={out / 'base'}", f"--eval_every={max(1, size.further // 3)}"]
             launch(["train.py", *model, *flags, f"--out_dir={self.run(name, seed)}"], processes=1)
@@ -179,30 +185,35 @@ class Study:
         directory, each = self.out / f"choice/{run.name}", self.size.choosing
 
         def choose() -> dict:
-            sweep = f"--sweep_cfg={','.join(map(str, GUIDANCES))}"
-            self.sampled(run, directory, each, CHOOSING, sweep)
-            reports = [read_json(path) for path in sorted(directory.glob("cfg*/report.json"))]
-            best = min(reports, key=lambda report: report[f"frechet_distance_{OFFLINE}"])
-            return {"guidance": best["settings"]["cfg"]}
+            points = self.frontier(run, each, CHOOSING, directory)
+            return {"guidance": min(points, key=lambda cfg: scores(points[cfg])["distance"])}
 
-        described = {"tried": list(GUIDANCES), "each": each, **saved(run)}
+        described = {"tried": list(self.size.guidances), "each": each, **saved(run)}
         return kept(directory / "choice.json", described, choose)["guidance"]
+
+    def frontier(self, run: Path, each: int, seed: int, directory: Path) -> dict[float, Path]:
+        """Judged samples of every guidance."""
+        self.sampled(run, directory, each, seed, f"--sweep_cfg={','.join(map(str, self.size.guidances))}")
+        return {cfg: directory / f"cfg{cfg:g}_k0_p0" for cfg in self.size.guidances}
 
     def row(self, run: Path, cfg: float) -> dict:
         """All numbers of one run; kept beside its samples' features."""
-        each, directory = self.size.samples, self.out / f"judged/{run.name}_cfg{cfg:g}"
+        each, directory = self.size.samples, self.out / f"judged/{run.name}"
 
         def judge() -> dict:
-            self.sampled(run, directory, each, JUDGING, f"--cfg={cfg}")
-            pool, labels = pooled(directory), label_order(each * CLASSES, CLASSES, JUDGING)
-            accuracy = float(self.classifier.score(pool, labels))
-            found = {**scores(directory), **self.beside_reconstructions(pool), "accuracy": accuracy}
-            return {**found, **measure(run, self.data)}
+            points, labels = self.frontier(run, each, JUDGING, directory), label_order(each * CLASSES, CLASSES, JUDGING)
+            found = []
+            for guidance, place in points.items():
+                pool = pooled(place)
+                accuracy = float(self.classifier.score(pool, labels))
+                beside = self.beside_reconstructions(pool)
+                found.append({"guidance": guidance, **scores(place), **beside, "accuracy": accuracy})
+            return {**found[self.size.guidances.index(cfg)], "frontier": found, **measure(run, self.data)}
 
-        described = {"run": str(run), "guidance": cfg, "each": each, **saved(run)}
+        described = {"run": str(run), "guidance": cfg, "tried": list(self.size.guidances), "each": each, **saved(run)}
         found = kept(directory / "row.json", described, judge)
         if "inception" in self.features:
-            again = self.out / f"judged_inception/{directory.name}"
+            again = self.out / f"judged_inception/{run.name}_cfg{cfg:g}"
             self.sampled(run, again, each, JUDGING, f"--cfg={cfg}", of="inception")
             found["fid"] = read_json(again / "report.json")["fid"]
         return found
@@ -222,6 +233,7 @@ class Study:
             if seeds:
                 cfg = self.best_guidance(self.run(name, seeds[0]))
                 found["rows"][name] = [{"seed": seed, **self.row(self.run(name, seed), cfg)} for seed in seeds]
+        compare_at_equal_score(found["rows"])
         write_json(self.out / "study.json", found)
 
     def status(self) -> None:
@@ -232,8 +244,29 @@ class Study:
             print(f"{name:>40}  {'there' if (self.out / path).is_file() else 'to do'}")
         for name, seed in self.jobs:
             run = self.run(name, seed)
-            judged = "judged" if any(self.out.glob(f"judged/{run.name}_cfg*/row.json")) else ""
+            judged = "judged" if (self.out / f"judged/{run.name}/row.json").is_file() else ""
             print(f"{name:>40}  seed {seed}: step {reached(run)} of {self.steps(name)} {judged}")
+
+
+def compare_at_equal_score(rows: dict[str, list[dict]]) -> None:
+    """Adds to each row the distance at the guidance at which its score is that of its seed's continued teacher forcing,
+    at that one's own best guidance: a lower distance there is no matter of guidance."""
+    wanted = {row["seed"]: row["score"] for row in rows.get("TF continued", [])}
+    for row in (row for group in rows.values() for row in group):
+        found = distance_at(row["frontier"], wanted[row["seed"]]) if row["seed"] in wanted else None
+        if found is not None:
+            row["at_equal_score"] = found
+
+
+def distance_at(frontier: list[dict], score: float) -> float | None:
+    """Least distance at a score, between neighbours on a frontier that have it between them; None: none have."""
+    found = []
+    for low, high in itertools.pairwise(frontier):
+        a, b = low["score"], high["score"]
+        if a != b and min(a, b) <= score <= max(a, b):
+            share = (score - a) / (b - a)
+            found.append((1 - share) * low["distance"] + share * high["distance"])
+    return min(found, default=None)
 
 
 def kept(path: Path, described: dict, compute: Callable[[], dict]) -> dict:

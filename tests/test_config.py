@@ -200,6 +200,17 @@ def test_every_field_is_read_by_something():
     assert not unread, f"nothing reads {unread}: or a property does, then add them to by_property above"
 
 
+@pytest.mark.parametrize("kind", [TrainConfig, TokenizerTrainConfig, CacheFlags, SampleConfig, EvalConfig])
+def test_every_flag_says_what_it_means(kind):
+    parser = Parser()
+    parser.add_arguments(kind, dest="config")
+    parser.parse_known_args([])  # dataclasses become flags here
+    for action in parser._actions:
+        said = (action.help or "").split("(default")[0].strip()
+        assert len(said) > 5, f"{action.option_strings} has no help: is its definition on several lines?"
+        assert "__TEMP__" not in said, action.option_strings
+
+
 def test_configs_are_frozen():
     for name, thing in (vars(config_module) | vars(config_sampling) | vars(config_tokenizer)).items():
         if dataclasses.is_dataclass(thing) and isinstance(thing, type):

@@ -17,7 +17,7 @@ from tests.test_train_tokenizer import SMALL
 from train import build
 from trainer import Trainer
 from utils.config.tokenizer import TokenizerTrainConfig
-from utils.evaluations.c2i.features import EfficientNetLite0
+from utils.evaluations.c2i.features import EfficientNetLite
 from utils.runtime.flags import parse
 from utils.runtime.numerics import Precision
 
@@ -138,7 +138,7 @@ def test_a_tokenizer_that_comes_to_a_gpu_lies_row_by_row(vae):
 
 
 def test_features_of_the_evaluation():
-    network = EfficientNetLite0()
+    network = EfficientNetLite()
     with fake_gpu(), torch.no_grad():
         images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device=GPU)
         assert on_gpu(network).pooled(images).device == network.tapped.device == GPU

@@ -1,16 +1,22 @@
 """Rivals of SAR: by their definitions; at their zero setting teacher forcing or SAR, bit for bit."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from contrastive_alignment import ContrastiveAlignment
+from models.residual_pathway import as_vectors
+from models.residual_vqvae import ResidualVQVAEConfig
 from models.scales import ScaleSchedule, shift_all
+from models.weights import digest_of, save_weights
 from noisy_context import NoisyContext
 from tests.conftest import ALONE, config_of, worst
 from tests.test_sar_trainer import batch_of
 from tests.test_trainer import assert_same, weights_of
 from train import build
-from utils.data.datasets import open_dataset
+from utils.data.datasets import CodeBatch, open_dataset
 
 NOISY = "--training_mode=noisy"
 
@@ -33,23 +39,43 @@ def trained(flags, directory, *more):
     return weights_of(directory)
 
 
+def saved_start(flags, directory):
+    """A model that runs go on from."""
+    trainer = build(config_of(flags, "--logger_type=none", "--training_mode=teacher_forcing"), ALONE)
+    save_weights(trainer.model, directory / "start.safetensors")
+    return str(directory / "start.safetensors")
+
+
 @pytest.mark.parametrize(
     ("zero", "wanted"),
     [
         ([NOISY, "--noise_max=0"], ["--training_mode=teacher_forcing"]),
         (["--ssr_share=1"], []),
+        (["--training_mode=cca", "--cca_lambda=0", "--init_ckpt=START"], ["--training_mode=teacher_forcing"]),
         (["--scale_weights=tokens", "--training_mode=teacher_forcing"], ["--training_mode=teacher_forcing"]),
     ],
-    ids=["noise", "share", "weights"],
+    ids=["noise", "share", "contrast", "weights"],
 )
 def test_the_zero_setting_is_what_it_rivals(zero, wanted, flags, tmp_path):
+    start = saved_start(flags, tmp_path)
+    zero = [flag.replace("START", start) for flag in zero]
+    wanted = [*wanted, *(flag for flag in zero if flag.startswith("--init_ckpt"))]
     assert_same(trained(flags, tmp_path / "a", *zero), trained(flags, tmp_path / "b", *wanted))
 
 
 @pytest.mark.parametrize(
-    "more", [[NOISY], [NOISY, "--noise=neighbour", "--noise_per=image", "--noise_max=1"], ["--ssr_share=0.5"]]
+    "more",
+    [
+        [NOISY],
+        [NOISY, "--noise=neighbour", "--noise_per=image", "--noise_max=1"],
+        ["--ssr_share=0.5"],
+        ["--training_mode=cca", "--init_ckpt=START"],
+    ],
+    ids=["noise", "neighbours", "share", "contrast"],
 )
 def test_draws_are_of_seed_and_step_and_a_resumed_run_goes_on(more, flags, tmp_path):
+    start = saved_start(flags, tmp_path)
+    more = [flag.replace("START", start) for flag in more]
     whole = trained(flags, tmp_path / "whole", *more)
     trained(flags, tmp_path / "pieces", *more, "--max_steps=2")
     assert_same(trained(flags, tmp_path / "pieces", *more), whole)
@@ -152,7 +178,7 @@ def test_equal_weights_give_each_scale_the_same(flags, vae, model, expected, sch
     [
         ("flowar", [NOISY]),
         ("hybrid", [NOISY]),
-        ("var", [NOISY]),
+        ("hybrid", ["--training_mode=cca", "--init_ckpt=x"]),
         ("flowar", ["--scale_weights=equal"]),
         ("hybrid", ["--scale_weights=equal"]),
         ("var", ["--ssr_share=0.5"]),
@@ -162,3 +188,89 @@ def test_what_a_generator_does_not_know_is_refused(model, more, capsys):
     with pytest.raises(SystemExit):
         config_of([f"--model={model}", "--schedule=fixed", *more])
     assert f"--model {model} goes with" in capsys.readouterr().err
+
+
+def test_on_a_residual_pathway_targets_make_up_for_the_noise():
+    """Infinity's: what the corrupted canvas lacks is what the next scale is asked for."""
+    torch.manual_seed(0)
+    vae = ResidualVQVAEConfig(
+        32, (1, 1, 1), 1, z_channels=8, codebook_size=512, codebook_dim=8, counted_scales=3
+    ).build()
+    schedule, pathway = ScaleSchedule((1, 2, 4)), vae.pathway
+    truth = torch.randint(512, (6, 21))
+    fed = truth.clone()
+    assert torch.equal(pathway.requantised(fed, truth, schedule, one_step=False, meant=truth)[:, :1], truth[:, :1])
+    fed[:, 1:5] = torch.randint(512, (6, 4))  # scale 2 is corrupted
+    targets = pathway.requantised(fed, truth, schedule, one_step=False, meant=truth)
+    meant = list(pathway.canvases(truth, schedule, None))[-1] + pathway.residual(2, truth[:, 5:], schedule)
+    wanted = as_vectors(meant - list(pathway.canvases(fed, schedule, None))[-1])  # at the finest side
+    far, near = ((pathway.embed(codes[:, 5:]) - wanted).square().sum(-1) for codes in (truth, targets))
+    assert (near <= far).all()
+    assert (near < far).float().mean() > 0.5
+    other = pathway.requantised(truth, truth, schedule, one_step=False, meant=truth)
+    assert torch.equal(targets[:, 1:5], other[:, 1:5])  # what is fed to scale 2 was not corrupted
+
+
+@pytest.fixture
+def contrastive(flags, vae, model, tmp_path):
+    """A trainer of CCA around the reference models, against a copy with other weights."""
+
+    def make(*more):
+        frozen = copy.deepcopy(model)
+        with torch.no_grad():
+            for p in frozen.parameters():
+                p.mul_(0.98)
+        save_weights(frozen, tmp_path / "frozen.safetensors")
+        start = f"--init_ckpt={tmp_path / 'frozen.safetensors'}"
+        config = config_of(flags, "--pn=1_2_3_4", "--training_mode=cca", start, *more)
+        data = open_dataset(config.data, 64, 0, "train")
+        trainer = ContrastiveAlignment(config, model, vae, data, None, ALONE)
+        model.eval()
+        return trainer, frozen.eval()
+
+    return make
+
+
+def test_the_contrastive_loss_and_its_gradient_are_the_papers(contrastive, vae, model, expected, schedule):
+    trainer, frozen = contrastive("--cca_beta=0.3", "--cca_lambda=2")
+    batch = batch_of(expected, schedule)
+    null = model.null_class
+    labels = torch.tensor([3, null, 7, 7, 1])
+    tokens = batch.tokens(schedule)[[0, 1, 0, 1, 1]]
+    batch = CodeBatch(labels, dict(zip(schedule.sides, schedule.split(tokens), strict=True)))
+    inputs = shift_all(tokens, vae.codebook, schedule)
+
+    def log_p(network, of):
+        return network(of, inputs, schedule).double().log_softmax(-1).gather(-1, tokens[..., None]).sum((1, 2))
+
+    def delta(of):
+        return log_p(model, of) - log_p(frozen, of).detach()
+
+    others = labels.roll(1)  # 1, 3, null, 7, 7
+    keep = torch.tensor([True, False, False, False, True])  # another class, and neither of the two dropped
+    wanted = -F.logsigmoid(0.3 * delta(labels)).mean() - 2 * F.logsigmoid(-0.3 * delta(others)[keep]).mean()
+    found, metrics = trainer.compute_loss(batch, schedule)
+    assert worst(found, wanted) < 1e-4
+    assert worst(metrics["gain"], delta(labels).mean()) < 1e-3
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for a, b in zip(torch.autograd.grad(found, parameters), torch.autograd.grad(wanted, parameters), strict=True):
+        assert worst(a, b) < 1e-3
+
+
+def test_without_a_single_other_class_only_the_first_half_counts(contrastive, vae, model, expected, schedule):
+    trainer, _ = contrastive()
+    batch = batch_of(expected, schedule)
+    same = CodeBatch(torch.full_like(batch.labels, 4), batch.codes)
+    loss, metrics = trainer.compute_loss(same, schedule)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert metrics["gain_of_others"] == 0
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_what_it_is_compared_with_cannot_change_on_the_way(contrastive):
+    trainer, frozen = contrastive()
+    before = trainer.invariants()["frozen_sha256"]
+    assert before == digest_of(frozen)
+    assert trainer.invariants()["frozen_sha256"] != digest_of(trainer.model)
+    assert all(not p.requires_grad for p in trainer.frozen.parameters())

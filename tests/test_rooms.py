@@ -22,6 +22,7 @@ LAYERS = [
         "sar_trainer",
         "student_forcing",
         "noisy_context",
+        "contrastive_alignment",
         "train_tokenizer",
         "evaluate",
         "sample",

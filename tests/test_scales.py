@@ -46,6 +46,13 @@ def test_shift_up_is_a_bicubic_resize_of_the_embedding_map():
         assert torch.allclose(found[b], wanted.permute(1, 2, 0).reshape(25, 6), atol=1e-6)
 
 
+def test_codes_are_enlarged_in_full_precision_whatever_the_caller_works_in():
+    codebook, codes = torch.randn(20, 6), torch.randint(20, (2, 9))
+    wanted = shift_up(codes, codebook, 3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(shift_up(codes, codebook, 3, 5), wanted)
+
+
 def test_shift_all_joins_the_scales_and_ignores_the_last():
     torch.manual_seed(0)
     schedule, codebook, codes = ScaleSchedule((1, 2, 4)), torch.randn(20, 6), torch.randint(20, (2, 21))

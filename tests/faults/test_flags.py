@@ -70,6 +70,7 @@ ELSEWHERE = {
     "parallel": "tests/test_speed.py: two ranks",
     "encode_tf32": "tests/test_vqvae.py: on a GPU",
     **dict.fromkeys(["noise", "noise_neighbours", "noise_per", "noise_max"], "tests/test_rivals.py"),
+    **dict.fromkeys(["cca_beta", "cca_lambda"], "tests/test_rivals.py"),
     **dict.fromkeys(["image_column", "label_column"], "tests/test_sources.py"),
     "out_dir": "all of this file",
     "check": "tests/test_scripts.py",

@@ -139,7 +139,8 @@ class EvalConfig(DrawConfig):
     reference_sha256: str = ""  # refuse a REFERENCE file with another digest
     image_size: int = 0  # centre-crop the images of folders to this side; 0: as they are
     make_reference: str = ""  # write the statistics of SAMPLES to this npz, and stop
-    features: Literal["inception", "efficientnet_lite0"] = "inception"  # only Inception's distance is an FID
+    features: Literal["inception", "efficientnet_lite0", "efficientnet_lite2"] = "inception"
+    """only Inception's distance is an FID"""
     inception_weights: str = ""  # weights-inception-2015-12-05-6726825d.pth; empty: fetched
     split_size: int = 5000  # samples of one split of the Inception Score
     pr_fp16: bool = True  # precision and recall from fp16 distances, as the original evaluator computes them

@@ -143,6 +143,9 @@ class OptimConfig(Flags):
             raise ValueError(f"--ema must be below 1, each decay once, got {' '.join(map(str, self.ema))}")
 
 
+Mode = Literal[
+    "teacher_forcing", "csfl", "sf_full", "sf_alternate", "sf_interleave", "sf_hybrid", "noisy", "cca"
+]  # fmt: skip
 NAIVE = ("sf_full", "sf_alternate", "sf_interleave", "sf_hybrid")  # training modes of naive student forcing
 
 
@@ -150,12 +153,10 @@ NAIVE = ("sf_full", "sf_alternate", "sf_interleave", "sf_hybrid")  # training mo
 class SARConfig(Flags):
     """Self-autoregressive refinement"""
 
-    training_mode: Literal[
-        "teacher_forcing", "csfl", "sf_full", "sf_alternate", "sf_interleave", "sf_hybrid", "noisy"
-    ] = "csfl"
+    training_mode: Mode = "csfl"
     """csfl: the SAR objective, L_TF + γ·L_CSF; sf_…: naive student forcing (Table 3), all inputs self-generated, every
-    other step's, every other scale's, or those of the sides from SF_HYBRID_FROM on; noisy (a rival): inputs of which a
-    share is replaced"""
+    other step's, every other scale's, or those of the sides from SF_HYBRID_FROM on; rivals: noisy, inputs of which a
+    share is replaced; cca, condition-contrastive alignment against a frozen INIT_CKPT"""
     sf_hybrid_from: int = 8  # sf_hybrid: the first side whose input is self-generated (k of Table 3's hybrid@k)
     csf_weight: float = alias(0.01, "--sigma")  # γ, the weight of the contrastive student-forcing loss
     ssr: Literal["all", "last"] = "all"
@@ -179,13 +180,15 @@ class SARConfig(Flags):
     """noisy: the share that is replaced is drawn for each scale from four levels up to NOISE_MAX (Infinity), or for
     each image from 0 to a bound that falls from NOISE_MAX to 0 over the first 75 % of the run (reAR)"""
     noise_max: float = 0.3  # noisy: largest share that is replaced
+    cca_beta: float = 0.02  # cca: β, the weight of a log-likelihood's gain
+    cca_lambda: float = 50.0  # cca: λ, the weight of other images' classes; 0 is teacher forcing
 
     def __post_init__(self):
         super().__post_init__()
         at_least(
             self, csf_weight=0, ssr_steps=1, sf_top_k=0, sf_top_p=0, sf_cfg_scale=0, sf_hybrid_from=1, rollout_steps=2
         )
-        at_least(self, ssr_share=0, noise_max=0, noise_neighbours=1)
+        at_least(self, ssr_share=0, noise_max=0, noise_neighbours=1, cca_beta=0, cca_lambda=0)
         at_most(self, sf_top_p=1, ssr_share=1, noise_max=1)
         mode = self.training_mode
         rollout = ["rollout", "sf_top_k", "sf_top_p", "sf_cfg_scale", "rollout_steps"]
@@ -193,6 +196,8 @@ class SARConfig(Flags):
         only_with(
             self, mode == "noisy", "--training_mode noisy", ["noise", "noise_neighbours", "noise_per", "noise_max"]
         )
+        only_with(self, mode == "cca", "--training_mode cca", ["cca_beta", "cca_lambda"])
+        only_with(self, self.cca_lambda > 0, "--cca_lambda above 0", ["cca_beta"])
         only_with(self, self.noise == "neighbour", "--noise neighbour", ["noise_neighbours"])
         only_with(self, self.noise_max > 0, "--noise_max above 0", ["noise", "noise_per"])
         only_with(
@@ -361,6 +366,8 @@ class TrainConfig(Flags):
         only_with(self.data, not cached, "images: --code_cache is in place of them", DATA_OF_IMAGES)
         only_with(self.speed, not cached, "images: --code_cache is in place of them", ["encode_tf32"])
         only_with(self.run, self.watch.vis_num_samples > 0, "--vis_num_samples above 0", ["vis_cfg_scale"])
+        if self.sar.training_mode == "cca" and (not self.model.init_ckpt or self.speed.parallel == "fsdp"):
+            raise ValueError("--training_mode cca goes on from an --init_ckpt, and with --parallel ddp only")
         for group in (self.sar, self.speed, self.optim):
             check_generator(self.model.model, group)
         if self.speed.parallel == "fsdp" and self.optim.precision == "fp16":

