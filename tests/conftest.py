@@ -8,9 +8,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -176,6 +178,28 @@ def tool(main: Callable[[], None], *arguments: str | Path, check: bool = False) 
             torch.set_num_threads(threads)
     assert not check or status == 0, out.getvalue() + err.getvalue()
     return status, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def stages_here(monkeypatch):
+    """Stages of the quickstart and of studies run here, one after the other, without a new process for each."""
+    import train
+    import train_tokenizer
+    from experiments import quickstart, study_cifar10
+    from utils.data import code_cache
+
+    entries = {"train.py": train, "train_tokenizer.py": train_tokenizer, "utils.data.code_cache": code_cache}
+
+    def launch(command, processes=0):
+        began = time.perf_counter()
+        name, *flags = [word for word in command if word != "-m"]
+        tool(entries[name].main, *flags, check=True)
+        return time.perf_counter() - began
+
+    for module in (quickstart, study_cifar10):
+        monkeypatch.setattr(module, "launch", launch)
+    pool = SimpleNamespace(map=map)  # signals can be caught in the main thread only
+    monkeypatch.setattr(study_cifar10, "ThreadPoolExecutor", lambda _: nullcontext(pool))
 
 
 def worst(found: Tensor, wanted: Tensor) -> float:

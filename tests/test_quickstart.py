@@ -8,7 +8,7 @@ from PIL import Image
 
 from experiments import quickstart
 from experiments.quickstart import conclusion, draw_samples
-from tests.conftest import run
+from tests.conftest import run, tool
 from utils.reporting.pictures import read_metrics
 
 
@@ -50,10 +50,9 @@ def test_the_picture_shows_the_control_and_titles_each_block(tmp_path, monkeypat
     assert Image.open(tmp_path / "samples.png").width > 3 * 8 * 32
 
 
-def test_the_whole_chain_in_a_few_steps(tmp_path):
+def test_the_whole_chain_in_a_few_steps(stages_here, tmp_path):
     steps = ["--tokenizer_steps=4", "--flexvar_steps=4", "--further_steps=2", "--processes=1"]
-    command = [sys.executable, "-m", "experiments.quickstart", f"--out={tmp_path / 'q'}", *steps]
-    run(*command)
+    tool(quickstart.main, f"--out={tmp_path / 'q'}", *steps, check=True)
     report = check_report(tmp_path / "q")
     assert report["steps"] == {"tokenizer": 4, "flexvar": 4, "flexvar_continued": 2, "sar": 2}
     assert report["real"]["class_accuracy"] >= 0.95

@@ -8,8 +8,8 @@ from PIL import Image
 
 from experiments.plan_cifar10 import CLAIMS, MAIN, PN, VARIANTS
 from experiments.report_cifar10 import PAPER, SHOWN, paired, verdict
-from experiments.study_cifar10 import compare_at_equal_score, distance_at
-from tests.conftest import run
+from experiments.study_cifar10 import compare_at_equal_score, distance_at, main
+from tests.conftest import run, tool
 from utils.config.training import TrainConfig
 from utils.runtime.flags import parse
 
@@ -24,13 +24,12 @@ def photographs(folder):
     return folder
 
 
-def test_the_whole_study_in_a_few_steps(tmp_path):
+def test_the_whole_study_in_a_few_steps(stages_here, tmp_path):
     """Two variants, two seeds; a second start does nothing anew."""
     out = tmp_path / "o"
-    command = ["bash", "scripts/experiment_cifar10.sh", f"--data_path={photographs(tmp_path / 'data')}"]
-    command += ["--size=smoke", "--only", "TF continued", "SAR guided", "--workers=0", f"--out={out}"]
-    threads = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    run(*command, **threads)
+    flags = [f"--data_path={photographs(tmp_path / 'data')}", "--size=smoke", "--workers=0", f"--out={out}"]
+    flags += ["--only", "TF continued", "SAR guided"]
+    tool(main, *flags, check=True)
     study = json.loads((out / "study.json").read_text())
     rows = study["rows"]
     assert {name: [row["seed"] for row in rows[name]] for name in rows} == {
@@ -55,11 +54,12 @@ def test_the_whole_study_in_a_few_steps(tmp_path):
     assert "| SF full | 16.56 | 4.324 | not run |  | not run |  |" in report
     for picture in ("curves", "samples", "trajectory", "frontier_score", "frontier_recall"):
         assert (out / f"{picture}.png").stat().st_size > 1000
-    status = run(*command, "--status", **threads).stdout
+    script = ["bash", "scripts/experiment_cifar10.sh", *flags, "--status"]
+    status = run(*script, PYTHON=sys.executable, OMP_NUM_THREADS="1").stdout
     assert status.count("step 2 of 2 judged") == 4
     made = {path: os.stat(path).st_mtime_ns for path in out.glob("judged/**/features/*.safetensors")}
     assert made
-    run(*command, **threads)
+    tool(main, *flags, check=True)
     assert {path: os.stat(path).st_mtime_ns for path in made} == made
 
 
