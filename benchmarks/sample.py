@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import DECODE_FLOPS, Clock, Ruler, forward_flops, peak_memory, reset_peak, show
-from models import VQVAE, FlexVAR, FlexVARConfig, Guidance, ScaleSchedule, generate, sampling
+from models import VQVAE, FlexVAR, FlexVARConfig, Guidance, ScaleSchedule, flexvar, generate, sampling
 from models.head import sample_tokens
 from utils.runtime.distributed import alone
 from utils.runtime.entry import entry
@@ -52,7 +52,7 @@ def sampler_rows(device: torch.device, repeats: int) -> list[dict[str, object]]:
 def image_rows(args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
     rows, schedule = [], ScaleSchedule.parse(args.pn)
     config = sampling.SamplingConfig(Guidance("ramp", 2.2), sampling.TOP_K, sampling.TOP_P)
-    vae = VQVAE().eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    vae = VQVAE().eval().requires_grad_(False).to(memory_format=torch.channels_last).to(device)
     for depth, batch in product(args.depth, args.batch):
         torch.manual_seed(0)
         model = FlexVAR(FlexVARConfig(depth=depth)).to(device).eval()
@@ -70,13 +70,13 @@ def image_rows(args: argparse.Namespace, device: torch.device) -> list[dict[str,
         row = {"depth": depth, "batch": batch, "precision": precision.name, "s/image": timing.seconds / batch}
         row |= {"G/image": timing.products / batch, "floor G/image": flops / ruler.flops / batch}
         row |= {"images/s": batch / timing.seconds, "MFU": flops / ruler.flops / timing.products}
-        clock, kept = Clock(device), sampling.sample_tokens
+        clock, kept = Clock(device), flexvar.sample_tokens
         model.decode_scale = clock.around(model.decode_scale, "transformer")
         vae.decode = clock.around(vae.decode, "decoder")
-        sampling.sample_tokens = clock.around(kept, "sampler")
+        flexvar.sample_tokens = clock.around(kept, "sampler")
         with clock.part("other"):
             run()
-        sampling.sample_tokens = kept
+        flexvar.sample_tokens = kept
         del model.decode_scale, vae.decode
         row |= {f"{name} s": seconds for name, seconds in clock.seconds.items()}
         rows.append({**row, "peak GiB": peak_memory(device)})

@@ -69,6 +69,7 @@ class Kind:
     scratch: list[str] = field(default_factory=list)
     sar: list[str] = field(default_factory=lambda: SAR)
     steps: int = 450  # from scratch
+    further: int = 150  # steps of the two ways to go on
     cfg: float = 0.5  # ramp guidance of its samples
     flow_steps: int = 25  # of Euler's method in its samples
 
@@ -86,8 +87,8 @@ class Kind:
 
 
 MODELS = {
-    "flexvar": Kind("FlexVAR", ["--z_channels=64", *CODEBOOK, "--sides_per_step=1"]),
-    "hybrid": Kind("hybrid model", ["--z_channels=64", *CODEBOOK, "--sides_per_step=1"], HYBRID),
+    "flexvar": Kind("FlexVAR", ["--z_channels=64", *CODEBOOK]),
+    "hybrid": Kind("hybrid model", ["--z_channels=64", *CODEBOOK], HYBRID),
     "var": Kind("VAR", ["--quantiser=residual", *CODEBOOK], ["--model=var"], [f"--pn={SIDES}"]),
     "flowar": Kind(
         "FlowAR",
@@ -97,6 +98,7 @@ MODELS = {
         ["--lr=3e-3"],
         ["--training_mode=csfl", "--rollout=sample", "--rollout_steps=4"],
         steps=1300,
+        further=60,
         cfg=2.0,
         flow_steps=10,
     ),
@@ -311,20 +313,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/quickstart"))
     parser.add_argument("--tokenizer_steps", type=whole(1), default=300)
     parser.add_argument("--flexvar_steps", type=whole(0), default=0, help="0: as many as the model needs")
-    parser.add_argument("--further_steps", type=whole(1), default=60)
+    parser.add_argument("--further_steps", type=whole(0), default=0, help="the same of the two that go on from it")
     parser.add_argument("--processes", type=whole(0), default=0, help="of each training run; 0: one a GPU, or two")
     parser.add_argument("--model", choices=MODELS, default="flexvar")
     args = parser.parse_args()
     check_output_directory(args.out, "--out")
-    kind, out, more = MODELS[args.model], args.out, args.further_steps
-    first = args.flexvar_steps or kind.steps
+    kind, out = MODELS[args.model], args.out
+    first, more = args.flexvar_steps or kind.steps, args.further_steps or kind.further
     runs, seconds, scaling = {}, {}, []
-    steps = {
-        "tokenizer": args.tokenizer_steps,
-        "flexvar": first,
-        "flexvar_continued": more,
-        "sar": more,
-    }
+    steps = {"tokenizer": args.tokenizer_steps, "flexvar": first, "flexvar_continued": more, "sar": more}
     vae_ckpt = f"--vae_ckpt={out / 'tokenizer'}"
     # Of a GPU, --precision auto knows by itself.
     half = ["--precision=bf16"] if not torch.cuda.is_available() and cpu_has_bf16() else []

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -139,8 +141,10 @@ def test_a_step_costs_a_rollout_without_gradient_and_one_forward(mode, scales, r
     assert calls == [*[(n, False) for n in schedule.lengths[:scales]], (schedule.total, True)]
 
 
-@pytest.mark.parametrize("mode", STUDENT_FORCING)
-def test_every_mode_trains_under_torchrun(mode, flags, tmp_path):
-    more = ["--sf_hybrid_from=2"] if mode == "sf_hybrid" else []
-    torchrun(2, "train.py", *flags, f"--training_mode={mode}", *more, "--max_steps=2")
-    assert newest_checkpoint(tmp_path / "run").name == "step_0000002"
+def test_every_mode_trains_on_two_ranks(flags, tmp_path):
+    own = {mode: ["--sf_hybrid_from=2"] if mode == "sf_hybrid" else [] for mode in STUDENT_FORCING}
+    runs = {mode: [*flags, f"--training_mode={mode}", *more, "--max_steps=2"] for mode, more in own.items()}
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    torchrun(2, "-m", "tests.two_ranks", tmp_path)
+    for mode in STUDENT_FORCING:
+        assert newest_checkpoint(tmp_path / mode).name == "step_0000002"
