@@ -9,6 +9,8 @@ Legend: B batch, L tokens of a schedule, V codebook rows, D codebook width.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -53,12 +55,10 @@ class NoisyContext(Trainer):
         left = max(0.0, 1 - self.step / (FALLING * self.total_steps))
         return (sar.noise_max * left * torch.rand(batch, 1)).expand(-1, scales)
 
-    @property
+    @cached_property
     def neighbours(self) -> Tensor:
         """The nearest other rows of each row of the codebook (V, K), made when they are first asked for."""
-        if not hasattr(self, "_neighbours"):
-            every = torch.arange(self.model.config.codebook_size, device=self.ranks.device)
-            rows, k = self.pathway.embed(every[None])[0].float(), self.config.sar.noise_neighbours
-            found = [torch.cdist(part, rows).topk(k + 1, largest=False).indices[:, 1:] for part in rows.split(1024)]
-            self._neighbours = torch.cat(found)
-        return self._neighbours
+        every = torch.arange(self.model.config.codebook_size, device=self.ranks.device)
+        rows, k = self.pathway.embed(every[None])[0].float(), self.config.sar.noise_neighbours
+        found = [torch.cdist(part, rows).topk(k + 1, largest=False).indices[:, 1:] for part in rows.split(1024)]
+        return torch.cat(found)

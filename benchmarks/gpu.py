@@ -325,15 +325,9 @@ def rows(place: Stage, directory: Path) -> Iterator[tuple[str, Callable[[], Row]
     yield "parity", lambda: parity(place)
     dtype, sizes = Precision(place.precision, place.device).dtype, (2, 2) if place.tiny else (32, 16)
     yield "attention", lambda: kinds_of_attention(place.schedule, *sizes, dtype, place.ruler(dtype))
-    trained, drawn = steps(place.depths), samplings(place)
-    for step in trained[:7]:
-        yield step.name, partial(measure_step, step, place, directory)
-    for what in drawn[:4]:
-        yield what.name, partial(measure_sampling, place, what)
-    for step in trained[7:]:
-        yield step.name, partial(measure_step, step, place, directory)
-    for what in drawn[4:]:
-        yield what.name, partial(measure_sampling, place, what)
+    trained = [(step.name, partial(measure_step, step, place, directory)) for step in steps(place.depths)]
+    drawn = [(what.name, partial(measure_sampling, place, what)) for what in samplings(place)]
+    yield from (*trained[:7], *drawn[:4], *trained[7:], *drawn[4:])
     yield "judging efficientnet_lite0", lambda: judging(place)
 
 

@@ -15,18 +15,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PACKAGES = ("models", "utils", "pretrained")
 MODULES = (
-    *(
-        "train",
-        "trainer",
-        "sar_trainer",
-        "student_forcing",
-        "noisy_context",
-        "contrastive_alignment",
-        "train_tokenizer",
-        "evaluate",
-        "sample",
-    ),
-    "demo",
+    *("train", "trainer", "sar_trainer", "student_forcing", "noisy_context", "contrastive_alignment"),
+    *("train_tokenizer", "evaluate", "sample", "demo"),
 )
 OWN = re.compile(rf"^(\s*)(from|import) ({'|'.join((*PACKAGES, *MODULES))})(?=[. ]|$)", re.MULTILINE)
 FACE = '''"""Self-Autoregressive Refinement: `from sar.models import SARPipeline`."""

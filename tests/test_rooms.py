@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from scripts.build_wheel import MODULES
 from tests.conftest import ROOT, run
 
 LAYERS = [
@@ -16,18 +17,7 @@ LAYERS = [
     {"utils.tokenizer"},
     {"utils.training"},
     {"utils.evaluations"},
-    {
-        "train",
-        "trainer",
-        "sar_trainer",
-        "student_forcing",
-        "noisy_context",
-        "contrastive_alignment",
-        "train_tokenizer",
-        "evaluate",
-        "sample",
-        "demo",
-    },
+    set(MODULES),
     {"experiments", "benchmarks"},
 ]
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

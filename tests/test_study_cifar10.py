@@ -39,7 +39,8 @@ def test_the_whole_study_in_a_few_steps(stages_here, tmp_path):
     }
     forced, refined, bounds = rows["TF continued"][0], rows["SAR guided"][0], study["bounds"]
     assert bounds["training photographs"]["distance"] < bounds["reconstructed held-out photographs"]["distance"]
-    assert bounds["reconstructed training photographs"]["to_reconstructions"] > 0
+    near, far = (bounds[f"{kind}training photographs"]["to_reconstructions"] for kind in ("reconstructed ", ""))
+    assert 0 < near < far  # reconstructions are nearer to reconstructions than photographs are
     assert forced["held_out"] != refined["held_out"]
     assert [point["guidance"] for point in forced["frontier"]] == [0, 1]
     assert forced["distance"] == min(p["distance"] for p in forced["frontier"] if p["guidance"] == forced["guidance"])
