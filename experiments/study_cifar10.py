@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +59,7 @@ from utils.runtime.distributed import alone
 from utils.runtime.entry import check_output_directory, entry
 from utils.runtime.files import digest, read_json, read_tensor, save_array, write_json
 from utils.runtime.flags import Parser, parse, whole
+from utils.runtime.process import cores
 from utils.runtime.provenance import git_state
 
 
@@ -110,8 +112,7 @@ class Study:
             flags += [f"--init_ckpt={out / 'base'}", f"--eval_every={max(1, size.further // 3)}"]
             launch(["train.py", *model, *flags, f"--out_dir={self.run(name, seed)}"], processes=1)
 
-        with ThreadPoolExecutor(1 if torch.cuda.is_available() else 2) as pool:
-            list(pool.map(further, self.jobs))
+        in_turn(further, self.jobs)
 
     # ------------------------------------------------------------------------------- photographs to compare with
 
@@ -226,15 +227,22 @@ class Study:
         call = {"last call": " ".join(sys.argv[1:]), **data, **machine(), "commit": git_state()}
         settings = {**call, **asdict(self.size)}
         bounds = {kind: self.bound(kind) for kind in BOUNDS}
-        found: dict[str, dict] = {"settings": settings, "bounds": bounds, "rows": {}}
-        found["rows"]["before"] = [{"seed": 0, **self.row(base, self.best_guidance(base))}]
-        for name in VARIANTS:
-            seeds = [seed for seed in range(100) if reached(self.run(name, seed)) >= self.steps(name)]
-            if seeds:
-                cfg = self.best_guidance(self.run(name, seeds[0]))
-                found["rows"][name] = [{"seed": seed, **self.row(self.run(name, seed), cfg)} for seed in seeds]
-        compare_at_equal_score(found["rows"])
-        write_json(self.out / "study.json", found)
+        runs = {("before", 0): base}
+        for name, seed in itertools.product(VARIANTS, range(100)):
+            if reached(self.run(name, seed)) >= self.steps(name):
+                runs[name, seed] = self.run(name, seed)
+        for features in self.features:
+            self.reference(features)  # what all rows share is there before threads ask for it
+        if not torch.cuda.is_available():
+            torch.set_num_threads(max(1, cores() // 2))
+        first = {name: run for (name, _), run in reversed(runs.items())}  # of the variant's first seed
+        guidance = dict(zip(first, in_turn(self.best_guidance, first.values()), strict=True))
+        judged = in_turn(lambda key: self.row(runs[key], guidance[key[0]]), runs)
+        rows: dict[str, list[dict]] = {}
+        for (name, seed), row in zip(runs, judged, strict=True):
+            rows.setdefault(name, []).append({"seed": seed, **row})
+        compare_at_equal_score(rows)
+        write_json(self.out / "study.json", {"settings": settings, "bounds": bounds, "rows": rows})
 
     def status(self) -> None:
         """Prints what is done."""
@@ -246,6 +254,12 @@ class Study:
             run = self.run(name, seed)
             judged = "judged" if (self.out / f"judged/{run.name}/row.json").is_file() else ""
             print(f"{name:>40}  seed {seed}: step {reached(run)} of {self.steps(name)} {judged}")
+
+
+def in_turn(function: Callable[[Any], Any], jobs: Iterable) -> list:
+    """Results of all jobs; two at a time on a CPU, of which a small model keeps but half busy."""
+    with ThreadPoolExecutor(1 if torch.cuda.is_available() else 2) as pool:
+        return list(pool.map(function, jobs))
 
 
 def compare_at_equal_score(rows: dict[str, list[dict]]) -> None:

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from models.backbones import fold_batch_norms
 from tests.conftest import ALONE, tool
 from utils.evaluations.c2i import features as module
 from utils.evaluations.c2i import reference
@@ -166,3 +168,19 @@ def test_references_by_name_are_fetched_once(name, file, monkeypatch, tmp_path):
         found = reference.fetch_batch(name, ALONE)
     assert found == tmp_path / Path(file).name
     assert [url.endswith(f"/imagenet/{file}") for url in asked] == [True]
+
+
+def test_batch_norms_fold_into_the_convolutions_before_them():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Sequential(nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5))
+    )
+    net(torch.randn(8, 3, 9, 9) * 3 + 1)  # statistics of its own
+    images = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        wanted = net.eval()(images)
+        found = fold_batch_norms(net)(images)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in net.modules())
+    assert (found - wanted).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="1 stands behind no convolution"):
+        fold_batch_norms(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm2d(3)))
