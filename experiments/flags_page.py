@@ -33,7 +33,7 @@ def flags_of(config: type) -> str:
     parser.parse_known_args([])  # dataclasses become flags here
     rows = []
     for action in parser._actions:
-        names = [name for name in action.option_strings if not name.startswith("--no")]
+        names = [name for name in action.option_strings if name not in getattr(action, "negative_option_strings", ())]
         if "--help" in names or not names:
             continue
         ours = min(names, key=lambda name: name != f"--{action.dest.rpartition('.')[2]}")

@@ -40,7 +40,7 @@ VARIANTS = {
 VARIANTS_VAR = {
     "SAR guided, one-step canvas": [SAR, "--rollout=cfg", "--rollout_canvas=one_step", *DRAWN],
     "SAR guided, requantised target": [SAR, "--rollout=cfg", "--csf_target=requantised", *DRAWN],
-    "SAR guided, requantised, γ 1": [SAR, "--rollout=cfg", "--csf_target=requantised", "--csf_weight=1", *DRAWN],
+    "SAR guided, requantised target, γ 1": [SAR, "--rollout=cfg", "--csf_target=requantised", "--csf_weight=1", *DRAWN],
 }
 COLUMNS = {
     "class_accuracy": ("class accuracy", 3),

@@ -4,7 +4,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 [ -n "$PYTHON" ] || fail "no Python found: run bash scripts/setup.sh"
 "$PYTHON" -c 'import torch' 2>/dev/null || fail "$PYTHON has no PyTorch: run bash scripts/setup.sh"
 PROTOCOL=(
-    --vae_ckpt "pretrained/$TOKENIZER"
     --guidance ramp
     --top_k 900
     --num_samples 50

@@ -18,5 +18,6 @@ if [ -x .venv/bin/python ] && [ "$(cat .venv/current 2>/dev/null)" = "$want" ]; 
 
 echo "setting up .venv (PyTorch is a few GB) …"
 [ -x .venv/bin/python ] || "$base" -m venv .venv
+.venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null # uv's have none
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
 echo "$want" > .venv/current

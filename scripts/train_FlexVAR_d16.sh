@@ -13,4 +13,5 @@ RECIPE=(
     --wpe 0.1
     --tclip 2.0
 )
+COMPILE=--compile # on a GPU
 source "$(dirname "$(readlink -f "$0")")/train_common.sh"

@@ -90,7 +90,7 @@ def test_flowar_is_judged_with_its_published_settings(size, spy):
     run("bash", f"scripts/eval_FlowAR_{size}.sh", "--num_samples=2", PYTHON=str(spy), NPROC="1")
     config = parse(EvalConfig, calls_of(spy)[-1][1:])
     assert (config.cfg, config.flow_steps, config.guidance_interval) == FLOWAR_SETTINGS[size]
-    assert config.vae_ckpt == "pretrained/kl16.ckpt"
+    assert config.vae_ckpt == ""  # a run's own, or the released one
     assert size == "B" or config.ckpt == f"pretrained/FlowAR-{size}.pth"
     config.check_model("FlowAR", FlowAR.reads)  # nothing of the protocol is in its way
 
@@ -121,9 +121,9 @@ def test_each_evaluation_script_judges_the_model_it_names(script, spy):
     assert command[0] == "evaluate.py"
     config = parse(EvalConfig, command[1:])
     model, depth = re.fullmatch(r"eval_(SAR|FlexVAR|VAR)_d(\d+)\.sh", script).groups()
+    assert config.vae_ckpt == ""  # a run's own, or the released one
     if model == "VAR":
         assert config.ckpt == f"pretrained/var_d{depth}.pth"
-        assert config.vae_ckpt == "pretrained/vae_ch160v4096z32.pth"
         assert (config.cfg, config.guidance, config.top_k, config.top_p) == (1.5, "ramp", 900, 0.96)
         return
     if int(depth) in RELEASED:

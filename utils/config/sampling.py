@@ -33,7 +33,8 @@ class DrawConfig(Flags):
 
     ckpt: str = alias("pretrained/SARd16-epo179.pth", "--var_ckpt")
     """transformer: a weight file, a run's directory, a pipeline's directory, or a Hub repository"""
-    vae_ckpt: str = ""  # tokenizer; empty: the one that CKPT brings along, or pretrained/FlexVAE.pth
+    vae_ckpt: str = ""
+    """tokenizer; empty: the one that CKPT brings along, or the released one of its kind in pretrained/"""
     use_ema: bool = False  # a run's moving average instead of its weights
     ema_decay: float = 0.0  # of a run with several moving averages the one of this decay; 0: the first
     cfg: float = 2.5  # guidance scale
