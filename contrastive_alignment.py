@@ -28,7 +28,12 @@ class ContrastiveAlignment(Trainer):
 
     @cached_property
     def frozen(self) -> FlexVAR:
-        """The model that the run started from."""
+        """The model that the run started from. Raises ValueError where no image can have another's class."""
+        if self.micro_batch < 2 or self.model.config.num_classes < 2:
+            raise ValueError(
+                f"--training_mode cca takes other classes from the same micro-batch: it needs two images or more (here "
+                f"{self.micro_batch}; --micro_batch), and two classes or more (here {self.model.config.num_classes})"
+            )
         return load_flexvar(self.config.model.init_ckpt).to(self.ranks.device).eval().requires_grad_(False)
 
     def invariants(self) -> dict[str, object]:

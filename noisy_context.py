@@ -2,7 +2,7 @@
 
 Tokens are corrupted before they are shifted up; targets stay true. Per scale it is the self-correction of Infinity
 (arXiv 2412.04431), per image the noisy context of reAR. FlexVAR's codes of a scale do not depend on those before it;
-VAR's do, and are quantised anew (the truth's canvas stands for the latent, which no code cache holds).
+VAR's do, and are quantised anew, so that they make up for what is wrong before them.
 
 Legend: B batch, L tokens of a schedule, V codebook rows, D codebook width.
 """
@@ -30,7 +30,7 @@ class NoisyContext(Trainer):
             return super().compute_loss(batch, schedule)
         truth = batch.tokens(schedule)
         fed = self.corrupt(truth, schedule)
-        targets = self.pathway.requantised(fed, truth, schedule, one_step=False, meant=truth)
+        targets = self.pathway.corrected(fed, truth, schedule)
         found = self.predict(batch.labels, self.inputs(fed, schedule), targets, schedule)
         corrupted = (fed != truth).float().mean()
         return found.loss, {"loss": found.loss.detach(), "corrupted": corrupted, **found.metrics(schedule)}
@@ -60,5 +60,10 @@ class NoisyContext(Trainer):
         """The nearest other rows of each row of the codebook (V, K), made when they are first asked for."""
         every = torch.arange(self.model.config.codebook_size, device=self.ranks.device)
         rows, k = self.pathway.embed(every[None])[0].float(), self.config.sar.noise_neighbours
-        found = [torch.cdist(part, rows).topk(k + 1, largest=False).indices[:, 1:] for part in rows.split(1024)]
+        if k >= len(rows):
+            raise ValueError(f"--noise_neighbours {k}: a codebook of {len(rows)} rows has fewer others")
+        found = []
+        for part, own in zip(rows.split(1024), every.split(1024), strict=True):
+            apart = torch.cdist(part, rows).scatter(1, own[:, None], torch.inf)  # no row is its own neighbour
+            found.append(apart.topk(k, largest=False).indices)
         return torch.cat(found)

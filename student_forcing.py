@@ -27,7 +27,10 @@ class StudentForcing(Trainer):
 
     @abstractmethod
     def self_fed(self, schedule: ScaleSchedule) -> list[bool]:
-        """For every scale, whether its input is self-generated. The first has none."""
+        """For every scale, whether its input is self-generated. The first has none.
+
+        On a residual pathway what a self-fed scale put on the canvas stays there for those after it.
+        """
 
     def compute_loss(self, batch: CodeBatch, schedule: ScaleSchedule) -> tuple[Tensor, Metrics]:
         truth = batch.tokens(schedule)

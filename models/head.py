@@ -223,7 +223,8 @@ class Samples:
         agreement, accuracy = masked_mean(self.likeliest[:, span], counts), None
         if targets.ndim == 2:
             accuracy = masked_mean(self.tokens[:, span] == targets[:, span], counts)
-        tokens = self.tokens if mask is None else torch.where(mask.bool(), self.tokens, targets)
+        # Targets that are distributions have no token to stand in for what does not count.
+        tokens = self.tokens if mask is None or targets.ndim == 3 else torch.where(mask.bool(), self.tokens, targets)
         return tokens, agreement, accuracy, torch.cat(self.logits, dim=1) if self.logits else None
 
 

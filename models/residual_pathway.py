@@ -93,7 +93,8 @@ class ResidualPathway:
             noise = [torch.empty(logits.shape[1:]).exponential_(generator=g) for g in generators]
             gumbel = -torch.stack(noise).log().to(logits.device)  # (B, s², V)
             weights, progress = kept_weights(logits, draw.top_k, draw.top_p), i / max(len(schedule) - 1, 1)
-            return soft_embeddings(weights.log(), self.quantizer.embedding.weight, progress, gumbel)
+            with torch.autocast(logits.device.type, enabled=False):
+                return soft_embeddings(weights.log(), self.quantizer.embedding.weight, progress, gumbel)
 
         return soften
 
@@ -136,20 +137,31 @@ class ResidualPathway:
         return torch.cat(parts, dim=1) if parts else self.quantizer.embedding.weight.new_empty(len(tokens), 0, width)
 
     @torch.no_grad()
-    def requantised(
-        self, drawn: Tensor, truth: Tensor, schedule: ScaleSchedule, one_step: bool, meant: Tensor | None = None
-    ) -> Tensor:
-        """Targets (B, L) of a pass on drawn tokens (B, L) that bring its canvas to where others meant to go.
+    def requantised(self, drawn: Tensor, truth: Tensor, schedule: ScaleSchedule, one_step: bool) -> Tensor:
+        """Targets (B, L) of a pass on drawn tokens (B, L) that bring its canvas to where those meant to go.
 
-        Of scale k: the code nearest to A_k(F_(k-1)(truth) + R_k(meant) - F̃), F̃ the canvas that the pass is fed with.
-        `meant` are the drawn tokens, or others (B, L).
+        Of scale k: the code nearest to A_k(F_(k-1)(truth) + R_k(drawn) - F̃), F̃ the canvas that the pass is fed with.
         """
-        before, meant = self.canvases(truth, schedule, None), drawn if meant is None else meant
-        fed = self.canvases(drawn, schedule, truth if one_step else None)
-        found = [meant[:, schedule.span(0)]]
+        before, fed = self.canvases(truth, schedule, None), self.canvases(drawn, schedule, truth if one_step else None)
+        found = [drawn[:, schedule.span(0)]]
         for i, (true, own) in enumerate(zip(before, fed, strict=True), start=1):
-            wanted = true + self.residual(i, meant[:, schedule.span(i)], schedule) - own
+            wanted = true + self.residual(i, drawn[:, schedule.span(i)], schedule) - own
             found.append(self.quantizer.nearest(as_vectors(area(wanted, schedule.sides[i]))))
+        return torch.cat(found, dim=1)
+
+    @torch.no_grad()
+    def corrected(self, fed: Tensor, truth: Tensor, schedule: ScaleSchedule) -> Tensor:
+        """Targets (B, L) of a pass on corrupted tokens (B, L), which make up for what they did to the canvas.
+
+        Of scale k: the code nearest to its true row + A_k(F_(k-1)(truth) - F̃). That is the true code where the canvas F̃
+        is the true one. So it is when the latent's residual A_k(f - F̃) is quantised anew, as Infinity does; but no code
+        cache holds f, and A_k(R_k) is not the row that R_k was made of.
+        """
+        found = [truth[:, schedule.span(0)]]
+        canvases = zip(self.canvases(truth, schedule, None), self.canvases(fed, schedule, None), strict=True)
+        for i, (true, own) in enumerate(canvases, start=1):
+            wanted = self.embed(truth[:, schedule.span(i)]).float() + as_vectors(area(true - own, schedule.sides[i]))
+            found.append(self.quantizer.nearest(wanted))
         return torch.cat(found, dim=1)
 
     def canvas(self, schedule: ScaleSchedule) -> ResidualCanvas:

@@ -189,11 +189,13 @@ class UpsamplingPathway:
         """
         return shift_all(tokens, self.codebook, schedule, first)
 
-    def requantised(
-        self, drawn: Tensor, truth: Tensor, schedule: ScaleSchedule, one_step: bool, meant: Tensor | None = None
-    ) -> Tensor:
-        """Targets as they were meant: codes of a scale do not depend on those before it. See the residual pathway."""
-        return drawn if meant is None else meant
+    def requantised(self, drawn: Tensor, truth: Tensor, schedule: ScaleSchedule, one_step: bool) -> Tensor:
+        """The drawn tokens: codes of a scale do not depend on those before it. See the residual pathway."""
+        return drawn
+
+    def corrected(self, fed: Tensor, truth: Tensor, schedule: ScaleSchedule) -> Tensor:
+        """The truth, whatever is fed: see the residual pathway."""
+        return truth
 
     def feeds(self, i: int) -> int:
         """Number of the first scale whose tokens the inputs of scale i are made of."""

@@ -178,6 +178,11 @@ def test_damage_is_found(cache, tiny_vae, tmp_path):
     done = run(*verify, check=False)
     assert done.returncode == 1
     assert str(shard) in done.stderr
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    labels = copy / "val/labels.npy"
+    labels.write_bytes(labels.read_bytes()[:-1] + b"\x07")
+    assert str(labels) in run(*verify, check=False).stderr
     shard.write_bytes(content[:-1])
     with pytest.raises(ValueError, match=r"shard_00001\.npy is missing or damaged"):
         CodeCache(copy, "train")

@@ -265,6 +265,10 @@ UNREAD = [
     (TrainConfig, ["--dataset=digits", "--label_column=a"], "--label_column"),
     (TrainConfig, ["--code_cache=codes", "--encode_tf32"], "--encode_tf32"),
     (TrainConfig, ["--noise=neighbour"], "--noise"),
+    *(
+        (TrainConfig, ["--training_mode=cca", "--init_ckpt=x", more], more.partition("=")[0])
+        for more in ("--label_smoothing=0.1", "--scale_weights=equal", "--reset_class_embedding=true")
+    ),
     (TrainConfig, ["--training_mode=noisy", "--noise_neighbours=3"], "--noise_neighbours"),
     (TrainConfig, ["--training_mode=noisy", "--noise_max=0", "--noise_per=image"], "--noise_per"),
     (TrainConfig, ["--training_mode=noisy", "--rollout=argmax"], "--rollout"),

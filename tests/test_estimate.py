@@ -78,6 +78,12 @@ def test_what_costs_more_is_estimated_to_cost_more():
     assert found(checkpointed=True).image < 0.5 * plain.image
     assert found(averages=1).fixed - plain.fixed == 4 * plain.parameters
     assert found(cached=True).flops < plain.flops
+    cca = found(SARConfig(training_mode="cca"), cached=True)
+    once = found(cached=True)
+    assert (cca.flops / once.flops, cca.image / once.image) == (pytest.approx(8 / 3), 2)
+    assert cca.fixed - once.fixed == 4 * once.parameters
+    naive = [found(SARConfig(training_mode="sf_full", rollout=r), cached=True).flops for r in ("sample", "cfg")]
+    assert (naive[0] / once.flops, naive[1] / once.flops) == (pytest.approx(4 / 3), pytest.approx(5 / 3))
     assert plain.micro_batch(80) > plain.micro_batch(24) > 0
     assert not torch.is_autocast_enabled("cuda")  # nothing of it stays
 

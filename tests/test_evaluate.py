@@ -15,6 +15,8 @@ from PIL import Image
 
 from evaluate import Generated, label_order, main
 from models import SARPipeline
+from models.kl_vae import KLConfig
+from models.weights import save_weights
 from tests.conftest import ALONE, ROOT, config_of, run, tool, torchrun
 from train import build
 from utils.config.sampling import EvalConfig
@@ -252,6 +254,19 @@ def test_compiled_it_judges_the_same_images_and_says_so(saved, real, tmp_path, m
         assert numbers(compiled)[name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
     assert compiled["settings"].items() >= {"compiled": True, "decoded_in": "tf32"}.items()
     assert plain["settings"]["decoded_in"] == "fp32"
+
+
+def test_what_cannot_be_reconstructed_is_refused_before_anything_is(vae, tmp_path):
+    torch.save({"model": vae.state_dict()}, tmp_path / "vae.pth")
+    kl = KLConfig(32, (1, 1, 1, 1, 1), 1).build()  # of which the scaling is known
+    save_weights(kl, tmp_path / "kl.safetensors")
+    (tmp_path / "wide").mkdir()
+    Image.new("RGB", (64, 32)).save(tmp_path / "wide/a.png")
+    for weights, reason in (("vae.pth", "holds images of 64×32: give --image_size"), ("kl.safetensors", "no codebook")):
+        flags = [f"--features={NAME}", "--vae_ckpt", tmp_path / weights, "--out_dir", tmp_path / "o"]
+        status, _, said = tool(main, *flags, "--reconstruct", tmp_path / "wide")
+        assert status == 1
+        assert reason in said
 
 
 def test_tokenizer_report(vae, real, tmp_path):

@@ -261,6 +261,17 @@ def test_soft_targets_are_a_kl_and_one_hot_ones_the_hard_loss(reference, expecte
     assert found.loss.item() == pytest.approx(kl.item(), rel=1e-4)
 
 
+def test_soft_targets_of_deeper_rollouts_go_with_scales_weighted_alike(reference, model, expected, schedule):
+    """What is drawn then has no token to stand in for what counts less."""
+    found = []
+    for weights in ("tokens", "equal"):
+        trainer = reference(
+            "--csf_target=teacher_soft", "--ssr_steps=2", f"--scale_weights={weights}", "--csf_weight=1"
+        )
+        found.append(trainer.compute_loss(batch_of(expected, schedule), schedule)[0].item())
+    assert found[0] != found[1]
+
+
 def test_deeper_rollouts_feed_on_the_students_own_tokens(reference, model, expected, schedule):
     trainer, labels = reference("--rollout=argmax", "--ssr_steps=2"), expected["labels"]
     rollout = expected["student.rollout_argmax"]

@@ -17,9 +17,11 @@ from evaluate import main as evaluate
 from tests.conftest import ALONE, config_of, tool
 from tests.test_trainer import assert_same, weights_of
 from train import build
+from utils.config.sampling import EvalConfig
 from utils.config.training import DataConfig
 from utils.data import check, code_cache, imagenet_tar
 from utils.data.datasets import make_loader, open_dataset
+from utils.data.hub import is_hub, open_named, said
 from utils.data.sources import SOURCES
 from utils.runtime.image_files import BadImage
 
@@ -148,6 +150,76 @@ def test_columns_are_found_or_named(tmp_path):
     hidden = rows(6).cast_column("label", datasets.Value("int64")).remove_columns("label").add_column("l", [-1] * 6)
     with pytest.raises(ValueError, match="6 images have no label"):
         opened(hidden, label_column="l")
+    for labels in (["ant"] * 5 + [None], [1] * 5 + [None]):  # past the first, of text and of numbers
+        with pytest.raises(ValueError, match=r"1 images have no label .* in the column 'l'"):
+            opened(plain.add_column("l", labels), label_column="l")
+
+
+def held_out(tmp_path, train: list, val: list, split: str = "validation", **columns: str):
+    """The held-out part of a data set whose labels stand in the column `kind`."""
+    made = {}
+    for name, labels in (("train", train), (split, val)):
+        made[name] = rows(len(labels)).remove_columns("label").add_column("kind", labels)
+    datasets.DatasetDict(made).save_to_disk(tmp_path / "d")
+    return open_dataset(DataConfig(dataset="hub", data_path=str(tmp_path / "d"), **columns), 16, 0, "val")
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "wanted"),
+    [
+        (["ant", "cat", "wolf"], ["wolf", "cat"], [2, 1]),
+        (["wolf", "ant", "cat"], ["ant"], [0]),
+        ([0, 1, 2], [1, 0], [1, 0]),
+        ([3, 0, 1], [2], [2]),  # no training image has it, but there is such a class
+    ],
+)
+def test_a_held_out_class_is_the_training_one_of_that_name(train, val, wanted, tmp_path):
+    views = held_out(tmp_path, train, val, label_column="kind")
+    assert [views[0, i][1] for i in range(len(val))] == wanted
+    assert len(views.classes) == (4 if train[0] == 3 else 3)
+
+
+@pytest.mark.parametrize(("train", "val"), [(["ant", "cat"], ["cat", "dog"]), ([0, 1], [0, 5])])
+def test_a_held_out_class_that_was_never_trained_is_named(train, val, tmp_path):
+    with pytest.raises(ValueError, match=f"classes that no training image has: {val[1]}"):
+        held_out(tmp_path, train, val, label_column="kind")
+
+
+def test_a_test_split_without_labels_is_left_out(tmp_path, capsys):
+    assert held_out(tmp_path, [0, 1], [-1, -1], "test", label_column="kind") is None
+    assert "the held-out split is left out: " in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "d")
+    with pytest.raises(ValueError, match="1 images have no label"):
+        held_out(tmp_path, [0, 1], [0, -1], "test", label_column="kind")
+
+
+def test_a_cache_is_of_one_image_column(tmp_path):
+    images = [{"bytes": encoded(i + 50), "path": None} for i in range(4)]
+    rows(4).add_column("b", images).cast_column("b", datasets.Image()).save_to_disk(tmp_path / "d")
+    config = {"dataset": "hub", "data_path": str(tmp_path / "d")}
+    a, b = (open_dataset(DataConfig(**config, image_column=c), 16, 0, "train").source for c in ("image", "b"))
+    assert a.fingerprint() != b.fingerprint()
+
+
+def test_a_path_may_hold_an_at_sign(on_disk, tmp_path):
+    path = tmp_path / "me@uni/set"
+    shutil.copytree(on_disk, path)
+    assert len(open_named(str(path))) == 12
+    assert len(open_named(f"{path}@validation")) == 3
+    assert is_hub(str(path))
+    EvalConfig(samples=f"{path}@validation", features="efficientnet_lite0").check_sources()
+
+
+@pytest.mark.parametrize(
+    ("said_by_it", "gated"),
+    [
+        ("401 Client Error: Unauthorized for url https://x", True),
+        ("Client error '403 Forbidden' for url", True),
+        ("no data files in /data/run401", False),
+    ],
+)
+def test_only_what_is_gated_is_called_so(said_by_it, gated):
+    assert ("log in" in said(ValueError(said_by_it))) == gated
 
 
 def test_a_bad_row_is_named_and_can_be_skipped(tmp_path):
@@ -238,7 +310,7 @@ def test_imagenets_tar_files_give_what_folders_give(listed, folders, tars):
             add(archive, "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", truth)
     else:
         lines = [f"ILSVRC2012_val_{i + 1:08d}.JPEG {CLASSES[i]}\n" for i in range(3)]
-        (tars / imagenet_tar.LIST).write_text("".join(lines))
+        (tars / imagenet_tar.LIST).write_text("\ufeff" + "\r\n".join(line.strip() for line in lines))
     config = DataConfig(dataset="imagenet_tar", data_path=str(tars))
     for split in ("train", "val"):
         views = open_dataset(config, 16, 0, split)
@@ -269,6 +341,13 @@ def test_the_index_is_made_once_and_again_when_the_tar_changes(tars, monkeypatch
     monkeypatch.setattr(imagenet_tar, "CACHE", tmp_path / "cache")
     assert len(open_dataset(config, 16, 0, "train")) == 13
     assert len(list((tmp_path / "cache").glob("*.npz"))) == 1
+
+
+@pytest.mark.parametrize("line", ["a.JPEG,n01", "a.JPEG", "a.JPEG n01 n02"])
+def test_a_list_of_other_lines_is_named(line, tars):
+    (tars / imagenet_tar.LIST).write_text(f"b.JPEG n01\n{line}\n")
+    with pytest.raises(ValueError, match="line 2: lines are of a file and its class"):
+        open_dataset(DataConfig(dataset="imagenet_tar", data_path=str(tars)), 16, 0, "val")
 
 
 def test_a_cut_tar_is_named(tars):

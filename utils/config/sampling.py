@@ -27,6 +27,12 @@ class Repeated(argparse.Action):
         setattr(namespace, f"{self.dest}_given", True)
 
 
+def split_named_in(named: str) -> tuple[str, str]:
+    """NAME@SPLIT → the two; the split is empty where none is named, or where there is such a path."""
+    name, at, split = named.rpartition("@")
+    return (name, split) if at and not Path(named).exists() else (named, "")
+
+
 @dataclass(frozen=True)
 class DrawConfig(Flags):
     """Model and sampling"""
@@ -211,10 +217,10 @@ class EvalConfig(DrawConfig):
         paths = {name: getattr(self, name) for name in ("samples", "reconstruct", "reference", "inception_weights")}
         for name, path in paths.items():
             by_name = path.startswith("hub:") or (name == "reference" and path in ("imagenet256", "imagenet512"))
-            if path and not by_name and not Path(path.partition("@")[0]).exists():
+            if path and not by_name and not Path(split_named_in(path)[0]).exists():
                 raise ValueError(f"--{name}: no file or folder {path}")
         folders = any(
-            path.startswith("hub:") or Path(path.partition("@")[0]).is_dir() for path in paths.values() if path
+            path.startswith("hub:") or Path(split_named_in(path)[0]).is_dir() for path in paths.values() if path
         )
         only_with(self, folders, "a folder of images: npz files hold them as they are", ["image_size"])
 

@@ -366,12 +366,20 @@ class TrainConfig(Flags):
         only_with(self.data, not cached, "images: --code_cache is in place of them", DATA_OF_IMAGES)
         only_with(self.speed, not cached, "images: --code_cache is in place of them", ["encode_tf32"])
         only_with(self.run, self.watch.vis_num_samples > 0, "--vis_num_samples above 0", ["vis_cfg_scale"])
-        if self.sar.training_mode == "cca" and (not self.model.init_ckpt or self.speed.parallel == "fsdp"):
-            raise ValueError("--training_mode cca goes on from an --init_ckpt, and with --parallel ddp only")
+        if self.sar.training_mode == "cca":
+            self.check_contrast()
         for group in (self.sar, self.speed, self.optim):
             check_generator(self.model.model, group)
         if self.speed.parallel == "fsdp" and self.optim.precision == "fp16":
             raise ValueError("--parallel fsdp does not go with --precision fp16: use bf16 or fp32")
+
+    def check_contrast(self) -> None:
+        """Raises ValueError for what contrastive alignment with a frozen start does not go with."""
+        if not self.model.init_ckpt or self.speed.parallel == "fsdp":
+            raise ValueError("--training_mode cca goes on from an --init_ckpt, and with --parallel ddp only")
+        reason = "plain likelihoods, which --training_mode cca compares with those of the frozen start"
+        only_with(self.optim, self.sar.cca_lambda == 0, reason, ["label_smoothing", "scale_weights"])
+        only_with(self.model, self.sar.cca_lambda == 0, reason, ["reset_class_embedding"])
 
     def check_self_fed(self) -> None:
         """Raises ValueError when what is called student forcing would be teacher forcing."""
@@ -399,7 +407,8 @@ FIXED = {
         "codebook_size",
         "codebook_dim",
     ),
-    *("images", "class_names_sha256", "model_classes", "tokenizer_sha256", "discriminator"),
+    *("images", "images_sha256", "class_names_sha256", "crop_seed", "crops"),
+    *("model_classes", "tokenizer_sha256", "frozen_sha256", "discriminator"),
 }
 
 

@@ -175,9 +175,10 @@ def open_cache(
 def verify(directory: Path) -> int:
     """Check every shard against its digest. Returns how many there are."""
     splits = read_manifest(directory)["splits"]
-    files = [(directory / split / shard["file"], shard) for split, part in splits.items() for shard in part["shards"]]
-    for path, shard in tqdm(files, desc="verifying", unit="shard"):
-        if not path.is_file() or digest(path) != shard["sha256"]:
+    files = [(directory / s / shard["file"], shard["sha256"]) for s, part in splits.items() for shard in part["shards"]]
+    labels = [(directory / s / LABELS, part["labels_sha256"]) for s, part in splits.items()]
+    for path, wanted in tqdm([*files, *labels], desc="verifying", unit="file"):
+        if not path.is_file() or digest(path) != wanted:
             raise ValueError(f"{path} is not what its SHA-256 says: delete it and {MANIFEST}, and build again")
     return len(files)
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
+from utils.config.sampling import split_named_in
+from utils.runtime.entry import notice
 from utils.runtime.files import digest_of_stats
 from utils.runtime.image_files import BadImage, read_image
 
@@ -21,6 +24,11 @@ if TYPE_CHECKING:
 
 HELD_OUT = ("validation", "val", "valid", "test")  # names of the split that is held out, the first that is there
 NO_CLASSES = "none"  # value of --label_column: all images are of one class
+GATED = re.compile(r"gated|authenticat|40[13] client error|client error .40[13]")
+
+
+class NoLabels(ValueError):
+    """No image of a split has a label."""
 
 
 def library() -> Any:
@@ -57,7 +65,7 @@ def said(error: Exception) -> str:
     """A line on what went wrong, and what to do."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     lowered = text.lower()
-    if "gated" in lowered or "authenticat" in lowered or "401" in text or "403" in text:
+    if GATED.search(lowered):
         return f"{text}. It is gated: accept its terms on the Hub, then log in by `hf auth login` or set HF_TOKEN"
     if any(word in lowered for word in ("offline", "connect", "resolve", "reach")):
         return f"{text}. Without a network, give --data_path a directory that Dataset.save_to_disk wrote"
@@ -83,12 +91,12 @@ def split_named(name: str, split: str) -> Any:
 
 def is_hub(named: str) -> bool:
     """True for `hub:NAME`, and for a directory that `save_to_disk` wrote; `@SPLIT` may follow."""
-    return named.startswith("hub:") or saved_to_disk(named.partition("@")[0])
+    return named.startswith("hub:") or saved_to_disk(split_named_in(named)[0])
 
 
 def open_named(named: str) -> HubImages:
     """The images of a split, train unless `@SPLIT` names another, whatever their classes."""
-    name, _, split = named.removeprefix("hub:").partition("@")
+    name, split = split_named_in(named.removeprefix("hub:"))
     found, split = splits_of(name), split or "train"
     if split not in found:
         raise ValueError(
@@ -98,9 +106,11 @@ def open_named(named: str) -> HubImages:
 
 
 class HubImages:
-    """A split of a data set as a source: see `utils.data.sources`."""
+    """A split of a data set as a source: see `utils.data.sources`. `classes` are those of the training split."""
 
-    def __init__(self, data: Any, name: str, image_column: str = "", label_column: str = ""):
+    def __init__(
+        self, data: Any, name: str, image_column: str = "", label_column: str = "", classes: list[str] | None = None
+    ):
         datasets = library()
         self.name, features = name, data.features
         kinds = {column: type(feature).__name__ for column, feature in features.items()}
@@ -116,11 +126,11 @@ class HubImages:
         if label == NO_CLASSES:
             self.classes, self.labels = ["all"], np.zeros(len(data), dtype=np.int64)
         else:
-            self.classes, self.labels = classes_of(features[label], data.with_format("numpy")[label][:], label)
-        if np.any(self.labels < 0):
-            raise ValueError(
-                f"{name}: {int((self.labels < 0).sum())} images have no label (-1), as in a hidden test set"
-            )
+            values = np.asarray(data.with_format("numpy")[label][:])
+            if missing := int(unlabelled(values).sum()):
+                kind = NoLabels if missing == len(values) else ValueError
+                raise kind(f"{name}: {missing} images have no label (none, or -1) in the column {label!r}")
+            self.classes, self.labels = classes_of(features[label], values, label, classes)
         self.data = data.select_columns([self.image]).cast_column(self.image, datasets.Image(decode=False))
 
     def __len__(self) -> int:
@@ -143,7 +153,7 @@ class HubImages:
         return read_image(found["path"], name=f"{named} ({found['path']})")
 
     def fingerprint(self) -> str:
-        lines = "\n".join([self.name, *self.classes]).encode()
+        lines = "\n".join([self.name, self.image, *self.classes]).encode()
         return hashlib.sha256(lines + self.labels.astype("<i8").tobytes()).hexdigest()
 
     def files_digest(self, base: str) -> str:
@@ -160,17 +170,41 @@ def only(found: list[str], usual: str, name: str, flag: str) -> str:
     raise ValueError(f"which column of {name} is the {usual}? It {several}: name it by {flag}{more}")
 
 
-def classes_of(feature: Any, values: Any, column: str) -> tuple[list[str], np.ndarray]:
-    """Names of the classes and a label for each image, of a column of class labels, numbers or names."""
-    names, values = getattr(feature, "names", None), np.asarray(values)
+def unlabelled(values: np.ndarray) -> np.ndarray:
+    """True for each value of a column that is missing, or -1 as in hidden test sets."""
+    if values.dtype.kind == "O":
+        return np.array([value is None for value in values], dtype=bool)
+    if values.dtype.kind == "f":  # whole numbers, of which some are missing
+        return np.isnan(values) | (values < 0)
+    return values < 0 if values.dtype.kind == "i" else np.zeros(len(values), dtype=bool)
+
+
+def classes_of(
+    feature: Any, values: np.ndarray, column: str, known: list[str] | None = None
+) -> tuple[list[str], np.ndarray]:
+    """Names of the classes and a label for each image, of a column of class labels, numbers or names.
+
+    The classes are those that are `known`, where they are given. Raises ValueError for one that is not.
+    """
+    names = getattr(feature, "names", None)
     if names is not None:
+        if known is not None and list(names) != known:
+            raise ValueError(f"the classes of the held-out column {column!r} are not those of the training split")
         return list(names), values.astype(np.int64)
-    if np.issubdtype(values.dtype, np.integer):
-        return [str(i) for i in range(int(values.max()) + 1)], values.astype(np.int64)
-    if values.dtype.kind in "UO" and all(isinstance(v, str) for v in values[:100]):
-        found, labels = np.unique(values.astype(str), return_inverse=True)
-        return found.tolist(), labels.astype(np.int64)
-    raise ValueError(f"the column {column!r} holds {values.dtype}: labels are class labels, whole numbers or names")
+    if values.dtype.kind in "iu":
+        text, every = [str(i) for i in values.tolist()], [str(i) for i in range(int(values.max(initial=-1)) + 1)]
+    elif values.dtype.kind in "UO" and all(isinstance(value, str) for value in values):
+        text = values.tolist()
+        every = sorted(set(text))
+    else:
+        raise ValueError(f"the column {column!r} holds {values.dtype}: labels are class labels, whole numbers or names")
+    every = every if known is None else known
+    ids = {name: i for i, name in enumerate(every)}
+    if strange := sorted(set(text) - set(ids)):
+        raise ValueError(
+            f"the held-out column {column!r} has classes that no training image has: {', '.join(strange[:5])}"
+        )
+    return every, np.array([ids[name] for name in text], dtype=np.int64)
 
 
 def check_hub(config: DataConfig) -> None:
@@ -181,11 +215,12 @@ def open_hub(config: DataConfig, split: str) -> HubImages | None:
     data = split_named(config.data_path, split)
     if data is None:
         return None
-    found = HubImages(data, config.data_path, config.image_column, config.label_column)
-    if split != "train":
-        training = split_named(config.data_path, "train")
-        label = config.label_column or "label"
-        names = getattr(training.features.get(label), "names", None)
-        if names is not None and list(names) != found.classes:
-            raise ValueError(f"the classes of {config.data_path}'s held-out split are not those of its training split")
-    return found
+    columns = config.image_column, config.label_column
+    if split == "train":
+        return HubImages(data, config.data_path, *columns)
+    classes = HubImages(split_named(config.data_path, "train"), config.data_path, *columns).classes
+    try:
+        return HubImages(data, config.data_path, *columns, classes)
+    except NoLabels as error:
+        notice(f"the held-out split is left out: {error}")
+        return None

@@ -167,8 +167,13 @@ def open_tar(config: DataConfig, split: str) -> TarImages | None:
 def validation_classes(folder: Path) -> dict[str, str] | None:
     """File of the validation set → its class (WordNet id); None when no list says so."""
     if (folder / LIST).is_file():
-        lines = [line.split() for line in (folder / LIST).read_text(encoding="utf-8").splitlines() if line.strip()]
-        return dict(line[:2] for line in lines)
+        found = {}
+        for number, line in enumerate((folder / LIST).read_text(encoding="utf-8-sig").splitlines(), start=1):
+            words = line.split()
+            if words and len(words) != 2:
+                raise ValueError(f"{folder / LIST}, line {number}: lines are of a file and its class, not {line!r}")
+            found.update([words] if words else [])
+        return found
     if not (folder / DEVKIT).is_file():
         return None
     from scipy.io import loadmat

@@ -100,7 +100,14 @@ def evaluate_reconstructions(config: EvalConfig, extractor: Extractor, me: Ranks
     chunk = chunk_size(config, me)
     described = describe_images(config.reconstruct, config, extractor)
     vae = load_tokenizer(path).to(me.device)
-    sides = sides_of(config, path, source.batch(range(1)).shape[-1] // vae.config.factor)
+    if not vae.config.codebook_size:
+        raise ValueError(f"{path} has no codebook: --reconstruct judges tokenizers that make codes")
+    high, wide = source.batch(range(1)).shape[-2:]
+    if high != wide or wide % vae.config.factor:
+        raise ValueError(
+            f"{config.reconstruct} holds images of {wide}×{high}: give --image_size, a multiple of {vae.config.factor}"
+        )
+    sides = sides_of(config, path, wide // vae.config.factor)
     real = FeatureStore(directory / "real", len(source), chunk, described, me)
     real.fill(source, extractor, "real images")
     described |= {"tokenizer_sha256": digest_of(vae), "scales": list(sides)}
