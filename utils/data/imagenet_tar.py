@@ -167,12 +167,13 @@ def open_tar(config: DataConfig, split: str) -> TarImages | None:
 def validation_classes(folder: Path) -> dict[str, str] | None:
     """File of the validation set → its class (WordNet id); None when no list says so."""
     if (folder / LIST).is_file():
-        found = {}
+        found: dict[str, str] = {}
         for number, line in enumerate((folder / LIST).read_text(encoding="utf-8-sig").splitlines(), start=1):
             words = line.split()
             if words and len(words) != 2:
                 raise ValueError(f"{folder / LIST}, line {number}: lines are of a file and its class, not {line!r}")
-            found.update([words] if words else [])
+            if words:
+                found[words[0]] = words[1]
         return found
     if not (folder / DEVKIT).is_file():
         return None
