@@ -196,18 +196,18 @@ def build_page(studio: Studio) -> Any:
             kept = gr.State([])  # of each model: the pictures after each scale
 
             def draw(model, beside, label, cfg, top_k, top_p, seed, n, pn, progress=gr.Progress()):  # noqa: B008
-                drawn, paths = [], []
+                drawn, paths, sides = [], [], []
                 for name in [model] if beside == NONE else [model, beside]:
                     steps = studio.draw(
                         name, label, cfg, top_k, top_p, seed, int(n), pn,
                         lambda done, total, what: progress((done, total), desc=what, unit="scales"),
                     )  # fmt: skip
-                    side = max(images[0].width for images in steps.values())
+                    sides, side = sides or list(steps), max(images[0].width for images in steps.values())
                     drawn.append([[at_one_size(image, side) for image in images] for images in steps.values()])
                     settings = {"model": name, "class": label, "cfg": cfg, "top_k": top_k, "top_p": top_p}
                     settings |= {"seed": seed, "scales": "_".join(map(str, steps))}
                     paths += studio.save(drawn[-1][-1], Path(name).stem, **settings)
-                last, rows = len(drawn[0]), {s: [images[0]] for s, images in zip(steps, drawn[0], strict=False)}
+                last, rows = len(drawn[0]), {s: [images[0]] for s, images in zip(sides, drawn[0], strict=True)}
                 return (
                     drawn,
                     gr.Slider(1, max(2, last), last),

@@ -64,8 +64,11 @@ def build_model(config: TrainConfig, vae: Tokenizer, classes_of_data: list[str])
     """The transformer, from --init_ckpt when there is one and the run has no checkpoint of its own yet."""
     wanted, data_classes = config.model, len(classes_of_data)
     before = last_invariants(config.run.directory)  # a run that goes on reads its own weights: see `Loop.resume`
-    weights = read_state_dict(wanted.init_ckpt) if wanted.init_ckpt and not before else None
-    saved_classes = recognise(weights, wanted.init_ckpt).num_classes if weights else before.get("model_classes", 0)
+    weights, saved_classes = None, before.get("model_classes", 0)
+    if wanted.init_ckpt and not before:
+        weights = read_state_dict(wanted.init_ckpt)
+        known = recognise(weights, wanted.init_ckpt)
+        weights, saved_classes = dict(known.adapted(weights)), known.num_classes
     reset = wanted.reset_class_embedding and weights is not None
     classes = wanted.num_classes or (0 if reset else saved_classes) or data_classes
     if data_classes > classes:

@@ -52,17 +52,21 @@ class TokenizerTrainer(Loop):
         ranks: Ranks,
     ):
         wanted, sides = config.loss, config.model.scales.sides
+        shown = config.model.image_size // (4 if wanted.equivariant else 1)  # the smallest picture that is compared
+        why = ", with --equivariant four times as large" if wanted.equivariant else ""
         self.use = CodebookUse(sides, vae.config.codebook_size)
         auxiliary: dict[str, nn.Module] = {"codebook_use": self.use}
         self.opponent: nn.Module | None = None
         if wanted.disc_weight:
             discriminator = Discriminator(wanted.disc_width, wanted.disc_layers)
-            if discriminator.smallest > config.model.image_size:
-                raise ValueError(f"--disc_layers {wanted.disc_layers} needs images of {discriminator.smallest} pixels")
+            if discriminator.smallest > shown:
+                raise ValueError(
+                    f"--disc_layers {wanted.disc_layers} needs images of {discriminator.smallest} pixels{why}"
+                )
             auxiliary["discriminator"], self.opponent = discriminator, Opponent(discriminator)
         perceptual = make_perceptual(wanted.perceptual, wanted.perceptual_weights)
-        if perceptual is not None and perceptual.smallest > config.model.image_size:
-            raise ValueError(f"--perceptual {wanted.perceptual} needs images of {perceptual.smallest} pixels")
+        if perceptual is not None and perceptual.smallest > shown:
+            raise ValueError(f"--perceptual {wanted.perceptual} needs images of {perceptual.smallest} pixels{why}")
         loss = MultiScaleLoss(vae, wanted, perceptual)
         super().__init__(config, vae, train_set, val_set, ranks, loss, auxiliary)
         if self.opponent is not None:
@@ -189,7 +193,7 @@ def build(config: TokenizerTrainConfig, me: Ranks) -> TokenizerTrainer:
     vae.equivariant = config.loss.equivariant
     vae.to(memory_format=torch.channels_last)  # which convolutions are faster in
     if wanted.init_ckpt and not checkpoints(config.run.directory):  # a run that goes on reads its own
-        load_strictly(vae, read_state_dict(wanted.init_ckpt), wanted.init_ckpt)
+        load_strictly(vae, dict(vae.config.adapted(read_state_dict(wanted.init_ckpt))), wanted.init_ckpt)
     if wanted.scales.sides[-1] * vae.config.factor != wanted.image_size:
         raise ValueError(
             f"--pn ends at {wanted.scales.sides[-1]}, but {wanted.image_size} pixels "

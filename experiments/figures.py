@@ -49,7 +49,9 @@ def distinct(paths: list[str], parent: bool = False) -> dict[str, str]:
 def rows_of_scales(rows: dict[str, dict[int, Tensor]]) -> Image.Image:
     """A row a name (and image), a column a scale."""
     captions = [name for name, scales in rows.items() for _ in next(iter(scales.values()))]
-    sides = next(iter(rows.values()))
+    sides = [s for s in next(iter(rows.values())) if all(s in scales for scales in rows.values())]
+    if not sides:
+        raise ValueError(f"no side is common to {', '.join(rows)}: give them scales that are by --pn")
     steps = {s: [p for scales in rows.values() for p in to_pil(scales[s])] for s in sides}
     return coarse_to_fine(steps, captions)
 
@@ -111,7 +113,7 @@ def walk_of(ckpt: str, args: argparse.Namespace) -> tuple[str, int]:
 
 def walked(data: ValidationSet, start: int, cfg: float, seed: int) -> Tensor:
     """Tokens (N, L) of a walk that holds the images' own codes up to side `start`, and draws the rest."""
-    truth = data.schedule.by_side(data.tokens.to(data.pipeline.device))
+    truth = data.schedule.by_side(data.pipeline.vae.pathway.own(data.tokens.to(data.pipeline.device)))
     drawn = data.pipeline.codes(
         data.labels.tolist(), cfg=cfg, top_k=0, top_p=0.0, seed=seed,
         edit=lambda s, codes: truth[s] if s <= start else codes,
@@ -134,7 +136,7 @@ def trajectory(args: argparse.Namespace) -> None:
 def student_forced(data: ValidationSet, start: int) -> Tensor:
     """Fig. 8's student forcing: greedy predictions (N, L) of the scales from number `start` on, the first of them by
     the teacher, each of the others fed with the one before. Coarser scales hold ground truth."""
-    schedule, fed = data.schedule, data.tokens.clone()
+    schedule, fed = data.schedule, data.pipeline.vae.pathway.own(data.tokens).clone()
     for i in range(start, len(schedule)):
         span = schedule.span(i)
         fed[:, span] = data.predictions(fed)[:, span]

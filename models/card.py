@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from models.run_record import RunRecord
 from utils.reporting.tables import markdown
-from utils.runtime.checkpoint import last_invariants, reached
+from utils.runtime.checkpoint import MANIFEST, last_invariants, reached, step_of
 from utils.runtime.entry import check_output_file, entry
 from utils.runtime.files import read_json
 from utils.runtime.flags import Parser
@@ -59,12 +59,13 @@ class Origin:
         recipe = {name: flags[name] for name in RECIPE if name in flags and flags[name] not in ("", None)}
         if recipe.get("training_mode") == "teacher_forcing":
             recipe = {name: value for name, value in recipe.items() if name not in OF_SAR}
-        return cls(Path(ckpt).name, run.content["model"].get("init_ckpt", ""), recipe, trained(run))
+        return cls(Path(ckpt).name, run.content["model"].get("init_ckpt", ""), recipe, trained(run, Path(ckpt)))
 
 
-def trained(run: RunRecord) -> str:
-    """A line on a run's steps and images."""
-    images, step = last_invariants(run.directory).get("images"), reached(run.directory)
+def trained(run: RunRecord, ckpt: Path) -> str:
+    """A line on steps and images: of a checkpoint, where one of its files or it itself is named, else of the run."""
+    named = next((place for place in (ckpt, ckpt.parent) if (place / MANIFEST).is_file()), None)
+    images, step = last_invariants(run.directory).get("images"), step_of(named) if named else reached(run.directory)
     return f"{step:,} steps" + (f", on {images:,} images" if images else "")
 
 

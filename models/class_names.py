@@ -71,7 +71,8 @@ def some(names: Sequence[str], limit: int = 12) -> str:
 def split_classes(text: str, names: Sequence[str]) -> list[str]:
     """The classes that a text names: a line is one name as it stands, or several, comma-separated as in CSV."""
     found = []
-    for line in text.split("\n"):
-        whole = line in names or line.strip() in names
+    known = {plain_name(name) for name in names}
+    for line in text.splitlines():
+        whole = line in names or plain_name(line) in known
         found += [line] if whole else next(csv.reader([line], skipinitialspace=True), [])
     return [name for name in found if name.strip() or name in names]

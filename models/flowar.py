@@ -84,11 +84,21 @@ class FlowARConfig(FlexVARConfig):
         object.__setattr__(self, "sides", ScaleSchedule(tuple(self.sides)).sides)
         if (
             self.depth < 1
+            or self.attention_heads < 1
             or self.width % self.attention_heads
             or self.width // self.attention_heads % 4
+            or self.flow_depth < 1
+            or self.flow_width < 64
             or self.flow_width % 64
         ):
-            raise ValueError(f"no such sizes: depth {self.depth}, width {self.width}, head of width {self.flow_width}")
+            raise ValueError(
+                f"no such sizes: depth {self.depth}, width {self.width}, {self.attention_heads} heads, head of depth "
+                f"{self.flow_depth} and width {self.flow_width}"
+            )
+        if self.flow_cross and self.flow_width != self.width:
+            raise ValueError(f"--flow_cross needs a head as wide as the blocks: {self.flow_width} is not {self.width}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout must be at least 0 and below 1, got {self.dropout}")
 
     @property
     def heads(self) -> int:
@@ -114,10 +124,10 @@ class FlowARConfig(FlexVARConfig):
 
     def check_tokenizer(self, vae: Any, ckpt: str | Path, vae_ckpt: str | Path) -> None:
         super().check_tokenizer(vae, ckpt, vae_ckpt)
-        if not vae.scaling:
+        if vae.scaling <= 0:
             raise ValueError(
-                f"no scaling of the latents of {vae_ckpt} is known: python -m utils.tokenizer.scaling measures it, and "
-                "--latent_scaling takes it"
+                f"no scaling of the latents of {vae_ckpt} is known: python -m utils.tokenizer.scaling measures it, "
+                "train.py takes it as --latent_scaling, and a run or a pipeline brings it along"
             )
 
     @classmethod

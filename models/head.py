@@ -234,7 +234,7 @@ def guide(cond: Tensor, uncond: Tensor, weight: float | Tensor) -> Tensor:
 
 
 def sample_tokens(logits: Tensor, top_k: int, top_p: float, uniforms: Tensor | None = None) -> Tensor:
-    """SamplingConfig one token a row after top-k, then top-p on the renormalised rest.
+    """Sample one token a row after top-k, then top-p on the renormalised rest.
 
     The draw inverts the cumulative distribution in vocabulary order at a uniform number that the caller supplies,
     so the token depends on nothing but the logits and that number: not on the batch, the rank or the device.

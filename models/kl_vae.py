@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from models.vqvae import AttnBlock, VQVAEConfig
 NO_VARIANCE = -60.0  # a log-variance whose noise is nothing, in half precision, too
 # What 1/std of the latents of published files is, by (channels, levels, attention in the decoder's levels).
 SCALINGS = {(16, 5, False): 0.2325, (4, 4, False): 0.18215}
+UNKNOWN = -1.0  # scaling of an autoencoder whose sizes are published ones, and whose weights are not
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ class KLConfig(VQVAEConfig):
     def down_sampling(self) -> int:
         """Pixels of an image side for each latent."""
         return 2 ** (len(self.width_mult) - 1)
+
+    def unpublished(self) -> KLConfig:
+        return replace(self, scaling=UNKNOWN)
 
     def build(self) -> KLAutoencoder:
         return KLAutoencoder(self)
@@ -136,7 +140,7 @@ class KLAutoencoder(Tokenizer):
     @property
     def scaling(self) -> float:
         """Factor that latents are multiplied by. Raises ValueError when none is known."""
-        if not self.config.scaling:
+        if self.config.scaling <= 0:
             raise ValueError(
                 "no latent scaling is published for such an autoencoder: measure it by "
                 "python -m utils.tokenizer.scaling, and give it by --latent_scaling"
@@ -151,7 +155,7 @@ class KLAutoencoder(Tokenizer):
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [-1, 1] → mean and log-variance (B, z, h, w) of their latents."""
-        mean, log_variance = self.encode(images).chunk(2, dim=1)
+        mean, log_variance = self.encode(images, self.config.down_sampling).chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
 
     def latents(self, mean: Tensor, log_variance: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
-from utils.runtime.checkpoint import EMA, average_names, last_invariants
+from utils.runtime.checkpoint import EMA, averages_of, last_invariants
 from utils.runtime.files import read_json
 
 CONFIG = "config.json"
@@ -102,8 +102,7 @@ def average_of(path: str | Path, decay: float = 0.0) -> str:
     """The file of a run's moving average of this decay; 0: the first. Raises ValueError when there is none."""
     run, files = find_run(path), {EMA: 0.0}
     if run is not None:
-        kept = run.content["optim"].get("ema", [])
-        files = average_names(kept if isinstance(kept, list) else [kept]) or files  # runs of old have one
+        files = averages_of(run.content) or files
     found = next((name for name, own in files.items() if own == decay), EMA if not decay else "")
     if not found:
         raise ValueError(f"{path} keeps no moving average of {decay:g}, but of {', '.join(map(str, files.values()))}")

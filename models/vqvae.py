@@ -36,6 +36,10 @@ class VQVAEConfig:
         """Pixels of an image side for each latent."""
         return 2 ** (len(self.width_mult) - 1)
 
+    def unpublished(self) -> VQVAEConfig:
+        """Of weights of our own training: without what is known of published ones of these sizes."""
+        return self
+
     def build(self) -> Tokenizer:
         """A tokenizer of these sizes."""
         return VQVAE(self)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.flexvar import FlexVAR
 from models.generators import recognise, recognise_tokenizer
+from models.run_record import find_run
 from models.tokenizer import Tokenizer
 from pretrained.download import FILES
 from utils.runtime.checkpoint import EMA, MANIFEST, MODEL, newest_checkpoint, runs_below, verify
@@ -139,6 +140,8 @@ def load_tokenizer(path: str | Path, **options: float) -> Tokenizer:
     known = {name: options[name] for name in options.keys() & {f.name for f in fields(config)}}
     if any(known.values()):
         config = replace(config, **known)  # type: ignore[arg-type]
+    if not options.get("scaling") and find_run(path) is not None:
+        config = config.unpublished()
     with torch.device("meta"):  # the weights come from the file: draw none
         vae = config.build()
     weights = dict(config.adapted(weights))

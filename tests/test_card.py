@@ -10,6 +10,7 @@ from models.pipeline import SARPipeline, open_pipeline
 from pretrained.download import FILES
 from tests.conftest import ALONE, config_of, tool
 from train import build
+from utils.runtime.checkpoint import checkpoints, step_of
 
 REPORT = {
     "fid": 2.05, "inception_score": 267.1, "features": "inception",
@@ -54,6 +55,14 @@ def test_released_bases_bring_their_licence():
     assert card("x", "VAR", Origin("run", "pretrained/var_d16.pth", {}, "1 step")).data.license == "mit"
     assert card("x", "FlowAR", Origin("FlowAR-S.pth")).data.license == "apache-2.0"
     assert "none of these is an FID" in str(card("x", "VAR", Origin(), {**REPORT, "features": "efficientnet_lite0"}))
+
+
+def test_the_step_is_that_of_the_checkpoint_that_was_opened(flags, tmp_path):
+    more = ["--logger_type=none", "--training_mode=teacher_forcing", "--save_every_steps=1"]
+    build(config_of(flags, *more), ALONE).fit()
+    older, newer = checkpoints(tmp_path / "run")[-2:]
+    for ckpt, step in ((older, older), (older / "model.safetensors", older), (tmp_path / "run", newer)):
+        assert f"{step_of(step):,} steps" in str(open_pipeline(str(ckpt)).card())
 
 
 def test_teacher_forcing_says_nothing_of_rollouts(flags, tmp_path):

@@ -18,13 +18,14 @@ from utils.runtime.checkpoint import (
     Checkpoints,
     RunState,
     SaveError,
+    check_export,
     main,
     newest_checkpoint,
     read_checkpoint,
     read_manifest,
     verify,
 )
-from utils.runtime.files import digest, seal
+from utils.runtime.files import digest, read_tensors, seal
 
 ABOUT = {"config": {}, "invariants": {}, "micro_batch": 1}
 
@@ -212,6 +213,8 @@ def test_list_verify_and_export(model, write, tmp_path):
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in exported.state_dict().items())
     tool(main, "export", tmp_path, tmp_path / "ema.safetensors", "--ema")
     assert not torch.equal(load_flexvar(tmp_path / "ema.safetensors").head.weight, model.head.weight)
+    status, _, err = tool(main, "export", tmp_path, tmp_path / "x.pth", "--ema", "0.9")
+    assert (status, "no moving average of 0.9 is kept, but of: none" in err) == (1, True)
     damage(tmp_path / "checkpoints/step_0000002" / MODEL, "flipped")
     status, out, _ = tool(main, "verify", tmp_path)
     assert status == 1
@@ -229,3 +232,22 @@ def test_a_shared_file_of_another_run_is_not_taken_for_weights(write, tmp_path):
     load_flexvar(tmp_path / "kept.safetensors")
     with pytest.raises(ValueError, match="is not a transformer"):
         load_flexvar(tmp_path / "nan.safetensors")
+
+
+def test_each_average_is_exported_by_its_decay(flags, tmp_path):
+    trainer = build(config_of(flags, "--ema", "0.5", "0.99", f"--out_dir={tmp_path / 'run'}"), ALONE)
+    trainer.fit()
+    for named, file in (("0.5", EMA), ("0.990", "ema_0.99.safetensors")):
+        tool(main, "export", tmp_path / "run", tmp_path / "out.safetensors", "--ema", named, check=True)
+        wanted = read_tensors(newest_checkpoint(tmp_path / "run") / file)
+        found = read_tensors(tmp_path / "out.safetensors")
+        assert all(torch.equal(found[name], x) for name, x in wanted.items())
+    for named, said in (("0.9", "kept, but of: 0.5, 0.99"), ("first", "--ema takes the decay")):
+        assert said in tool(main, "export", tmp_path / "run", tmp_path / "out.safetensors", "--ema", named)[2]
+
+
+def test_what_a_weight_file_cannot_hold_is_not_exported():
+    check_export({"config": {"model": {"latent_scaling": 0.0, "supervision": "image"}}}, "run")
+    for model in ({"latent_scaling": 0.2}, {"latent_patch": 2}, {"supervision": "image_pixels"}):
+        with pytest.raises(ValueError, match=r"python -m models\.pipeline --ckpt run --out DIR"):
+            check_export({"config": {"model": model}}, "run")

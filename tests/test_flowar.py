@@ -19,7 +19,7 @@ from models.weights import load_flexvar, save_weights
 from sar_trainer import SARTrainer
 from tests import recipes
 from tests.conftest import ALONE, config_of, manifest, tool, worst
-from train import build, main
+from train import build, build_model, main
 from utils.data.datasets import CodeBatch, open_dataset
 from utils.runtime.files import read_json
 
@@ -79,6 +79,20 @@ def test_files_released_and_our_own_say_what_they_are(tmp_path):
     found = load_flexvar(tmp_path / "FlowAR.pth")
     assert (found.config.heads, found.config.sides) == (4, (1, 2, 4, 8, 16))
     assert all(torch.equal(t, released.state_dict()[k]) for k, t in found.state_dict().items())
+    start = [
+        "--model=flowar",
+        "--schedule=fixed",
+        "--width=96",
+        "--depth=1",
+        "--heads=4",
+        "--flow_width=128",
+        "--flow_depth=1",
+    ]
+    config = config_of(start, f"--init_ckpt={tmp_path / 'FlowAR.pth'}", "--pn=1_2_4_8_16", "--csf_weight=0")
+    config = replace(config, run=replace(config.run, out_dir=str(tmp_path / "run")))
+    vae = KLConfig(32, (1, 1, 1, 1, 1), 1, z_channels=4, scaling=1.0).build()
+    model = build_model(config, vae, ["a", "b"])  # training goes on from such a file
+    assert all(torch.equal(t, released.state_dict()[k]) for k, t in model.state_dict().items())
     weights["encoder_pos_embed_learned"] = torch.zeros(1, 21, 96)
     torch.save(weights, tmp_path / "FlowAR.pth")
     with pytest.raises(ValueError, match="it has 21 tokens, and does not say of which scales"):
@@ -90,7 +104,7 @@ def test_another_schedule_and_tokenizers_without_scaling_are_refused(vae, flags,
         generate(flowar(), vae, torch.tensor([1]), ScaleSchedule((1, 4)), SamplingConfig(), [0])
     status, _, said = tool(main, *flags, "--model=flowar", f"--vae_ckpt={small_kl_file}", "--csf_weight=0")
     assert status == 1
-    assert "--latent_scaling takes it" in said
+    assert "train.py takes it as --latent_scaling" in said
     status, _, said = tool(main, *flags, "--model=flowar", "--csf_weight=0", "--latent_scaling=1")
     assert "needs a tokenizer of the latent pathway" in said
 
@@ -355,3 +369,18 @@ def test_painting_holds_known_latents(model, vae):
     assert torch.equal(painted[..., :8], images[..., :8])
     codes = sample_codes(model, vae.pathway, torch.tensor([1, 2]), SCHEDULE, how, [1, 2])
     assert {s: c.shape for s, c in codes.items()} == {s: (2, s * s, 4) for s in SCHEDULE.sides}
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"flow_cross": True, "flow_width": 128},
+        {"flow_depth": 0},
+        {"flow_width": 0},
+        {"attention_heads": -1},
+        {"dropout": 2.0},
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(sizes):
+    with pytest.raises(ValueError, match=r"no such sizes|--flow_cross needs|--dropout must"):
+        flowar(**{"width": 64, "flow_width": 64, **sizes})

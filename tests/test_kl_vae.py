@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from models.kl_vae import KLAutoencoder, KLConfig, from_diffusers, to_tokens
 from models.scales import ScaleSchedule
-from models.weights import load_tokenizer
+from models.weights import load_tokenizer, save_weights
 from tests import recipes
 from tests.conftest import manifest, tool
 from utils.config.training import DataConfig
@@ -217,6 +217,31 @@ def test_equivariance_turns_and_resizes_latent_and_image_alike():
     assert 40 <= seen["turned"] <= 80
     assert 5 <= seen["resized"] <= 30
     assert seen["plain"] >= 25
+
+
+def test_equivariance_goes_with_tokens_of_several_latents():
+    """Of 8× down-sampling a token is 2 × 2 latents; what is resized has any number of latents."""
+    vae = KLConfig(32, (1, 1, 1, 1), 1, z_channels=4).build().eval()
+    vae.equivariant, sides = True, set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            sides.add(vae.quantise(recipes.blocky_images(1, 1, 64), (4,)).real[0].shape[-1] // 8)
+    assert any(side % 2 for side in sides)
+
+
+def test_a_published_scaling_is_not_that_of_ones_own_training(tmp_path):
+    """Of equal sizes, but other weights."""
+    vae = KLConfig(32, (1, 1, 1, 1), 1, z_channels=4).build()
+    save_weights(vae, tmp_path / "published.safetensors")
+    assert load_tokenizer(tmp_path / "published.safetensors").scaling == 0.18215
+    (tmp_path / "run").mkdir()
+    save_weights(vae, tmp_path / "run/own.safetensors")
+    (tmp_path / "run/config.json").write_text('{"model": {"pn": "1_2_4"}}')
+    own = tmp_path / "run/own.safetensors"
+    with pytest.raises(ValueError, match="give it by --latent_scaling"):
+        _ = load_tokenizer(own).scaling
+    assert load_tokenizer(own, scaling=0.3).scaling == 0.3
 
 
 def test_measured_scaling_is_one_over_the_deviation_of_drawn_latents(small_kl_file):

@@ -228,6 +228,8 @@ def test_imagenets_own_twins():
         ('Cat, "crane, bird"', ["Cat", "crane, bird"]),
         ("crane, bird\n spaces ", ["crane, bird", " spaces "]),
         ("Cat,cat,3", ["Cat", "cat", "3"]),
+        ("Crane, Bird", ["Crane, Bird"]),  # in another case
+        ("Cat\r3\r\ncat", ["Cat", "3", "cat"]),  # line ends of other systems
         ("", []),
         (",,", []),
     ],

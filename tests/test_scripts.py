@@ -87,7 +87,12 @@ def test_flowar_b_is_trained_by_its_recipe(spy):
 
 @pytest.mark.parametrize("size", FLOWAR)
 def test_flowar_is_judged_with_its_published_settings(size, spy):
-    run("bash", f"scripts/eval_FlowAR_{size}.sh", "--num_samples=2", PYTHON=str(spy), NPROC="1")
+    script, more = f"scripts/eval_FlowAR_{size}.sh", []
+    if size == "B":  # not released
+        refused = run("bash", script, "--num_samples=2", PYTHON=str(spy), NPROC="1", check=False)
+        assert (refused.returncode, "name --ckpt RUN" in refused.stderr) == (1, True)
+        more = ["--ckpt", "out/FlowAR-B"]
+    run("bash", script, "--num_samples=2", *more, PYTHON=str(spy), NPROC="1")
     config = parse(EvalConfig, calls_of(spy)[-1][1:])
     assert (config.cfg, config.flow_steps, config.guidance_interval) == FLOWAR_SETTINGS[size]
     assert config.vae_ckpt == ""  # a run's own, or the released one

@@ -176,6 +176,10 @@ def test_it_starts_from_weights(tmp_path):
         (["--image_size=32"], "--pn ends at 4, but 32 pixels make 8 latents a side"),
         (["--disc_weight=1", "--disc_layers=3"], "--disc_layers 3 needs images of 24 pixels"),
         (["--image_size=8", "--pn=1_2", "--perceptual=efficientnet_lite0"], "efficientnet_lite0 needs images of 16"),
+        (
+            ["--quantiser=none", "--equivariant", "--perceptual=efficientnet_lite0"],
+            "efficientnet_lite0 needs images of 16 pixels, with --equivariant four times as large",
+        ),
     ],
 )
 def test_wrong_sizes_are_named(flags, message, tmp_path):

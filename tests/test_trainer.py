@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -300,6 +301,12 @@ def test_several_averages_are_kept_resumed_and_opened_by_their_decay(flags, tmp_
     with pytest.raises(ValueError, match=r"keeps no moving average of 0\.99, but of 0\.5, 0\.9"):
         open_pipeline(str(tmp_path / "whole"), use_ema=True, ema_decay=0.99)
     one = [f for f in common if f not in ("0.5", "0.9", "--ema")]
+    shutil.copytree(tmp_path / "whole", tmp_path / "swapped")
+    for name, decays in (("whole", ("0.5", "0.9")), ("swapped", ("0.9", "0.5"))):  # an average is known by its decay
+        build(config_of(one, "--ema", *decays, "--max_steps=5", f"--out_dir={tmp_path / name}"), ALONE).fit()
+    whole, swapped = (newest_checkpoint(tmp_path / name) for name in ("whole", "swapped"))
+    for here, there in (("ema.safetensors", "ema_0.5.safetensors"), ("ema_0.9.safetensors", "ema.safetensors")):
+        assert_same(load_file(swapped / there), load_file(whole / here))
     build(config_of(one, "--ema=0.5", "--max_steps=5", f"--out_dir={tmp_path / 'pieces'}"), ALONE).fit()
     last = newest_checkpoint(tmp_path / "pieces")
     assert {p.name for p in last.glob("ema*")} == {"ema.safetensors"}

@@ -189,3 +189,13 @@ def test_what_is_missing_is_named(runs, tmp_path):
 def test_flags_that_a_figure_does_not_read_are_errors(flags, said):
     status, _, err = tool(figures.main, *flags)
     assert (status, said in err) == (2, True), err
+
+
+def test_models_of_other_scales_show_those_that_they_share():
+    def row(*sides):
+        return {s: torch.zeros(1, 3, 8, 8) for s in sides}
+
+    alone = figures.rows_of_scales({"a": row(4, 8, 16)}).width
+    assert figures.rows_of_scales({"a": row(4, 5, 8, 16), "b": row(4, 8, 16)}).width == alone
+    with pytest.raises(ValueError, match="no side is common to a, b"):
+        figures.rows_of_scales({"a": row(4), "b": row(5)})

@@ -214,6 +214,8 @@ class SARConfig(Flags):
         only_with(self, self.sf_top_k != 1, "another --sf_top_k than 1, the greedy one", ["sf_top_p"])
         only_with(self, self.rollout == "cfg", "--rollout cfg", ["sf_cfg_scale"])
         only_with(self, self.ssr == "all", "--ssr all", ["ssr_steps"])
+        if self.csf_target == "requantised":  # for the canvas of one rollout, which deeper ones would not be fed with
+            only_with(self, False, "another --csf_target than requantised", ["ssr_steps"])
 
 
 @dataclass(frozen=True)
@@ -386,6 +388,8 @@ class TrainConfig(Flags):
         sar, sides = self.sar, self.model.scales.sides
         if sar.training_mode != "teacher_forcing" and len(sides) < 2:
             raise ValueError(f"--training_mode {sar.training_mode} feeds one scale to the next: --pn has one only")
+        if sar.training_mode == "csfl" and sar.ssr == "last" and sides[0] != 1:
+            raise ValueError(f"--ssr last feeds the class to side 1, which --pn, from {sides[0]} on, has not")
         if sar.training_mode == "sf_hybrid" and sar.sf_hybrid_from > sides[-1]:
             raise ValueError(
                 f"--sf_hybrid_from {sar.sf_hybrid_from} leaves no scale self-fed: the finest side is {sides[-1]}"

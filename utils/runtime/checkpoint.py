@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,17 @@ VERSION = 1
 def average_names(decays: Sequence[float]) -> dict[str, float]:
     """File → decay of a run's moving averages. The first is ema.safetensors, the others bear their decay."""
     return {(f"ema_{decay:g}.safetensors" if i else EMA): decay for i, decay in enumerate(decays)}
+
+
+def averages_of(config: Mapping[str, Any]) -> dict[str, float]:
+    """File → decay of the moving averages that a recorded config keeps; runs of old have one, or 0 for none."""
+    kept = config.get("optim", {}).get("ema", [])
+    return average_names([decay for decay in (kept if isinstance(kept, list) else [kept]) if decay])
+
+
+def saved_averages(manifest: Mapping[str, Any]) -> dict[str, float]:
+    """File → decay of a checkpoint's moving averages."""
+    return averages_of(manifest["config"])
 
 
 @dataclass(frozen=True)
@@ -272,6 +283,32 @@ def export(weights: StateDict, out: Path) -> None:
     return None
 
 
+def named_average(manifest: Mapping[str, Any], named: str) -> str:
+    """The file of the moving average of this decay, or of the first. Raises ValueError when there is none."""
+    if named == EMA:
+        return EMA
+    kept = {f"{decay:g}": name for name, decay in saved_averages(manifest).items()}
+    try:
+        wanted = f"{float(named):g}"
+    except ValueError:
+        raise ValueError(f"--ema takes the decay of a moving average, not {named!r}") from None
+    if wanted not in kept:
+        raise ValueError(f"no moving average of {named} is kept, but of: {', '.join(kept) or 'none'}")
+    return kept[wanted]
+
+
+def check_export(manifest: Mapping[str, Any], directory: Path) -> None:
+    """Raises ValueError when weights alone would not draw what the run does."""
+    model = manifest["config"].get("model", {})
+    lost = [f"--{name} {model[name]}" for name in ("latent_scaling", "latent_patch") if model.get(name)]
+    lost += ["--supervision image_pixels"] if model.get("supervision") == "image_pixels" else []
+    if lost:
+        raise ValueError(
+            f"a weight file does not hold {', '.join(lost)}, which sampling needs: "
+            f"python -m models.pipeline --ckpt {directory} --out DIR writes all of it"
+        )
+
+
 @entry
 def main() -> None:
     parser = Parser(__doc__, prog="python -m utils.runtime.checkpoint")
@@ -287,10 +324,14 @@ def main() -> None:
     if args.ema and args.command != "export":
         parser.error("--ema has no effect without export")
     if args.command == "export":
-        name = MODEL if not args.ema else EMA if args.ema == EMA else f"ema_{float(args.ema):g}.safetensors"
-        newest = newest_checkpoint(args.directory, name)
+        newest = newest_checkpoint(args.directory, MODEL)
         if newest is None:
             raise ValueError(f"{args.directory} holds no checkpoint{runs_below(args.directory)}")
+        manifest = read_manifest(newest)
+        check_export(manifest, args.directory)
+        name = MODEL if not args.ema else named_average(manifest, args.ema)
+        if not (newest / name).is_file():
+            raise ValueError(f"{newest} keeps no moving average")
         export(read_tensors(newest / name), check_output_file(args.out))
         return print(f"wrote {args.out} from {newest}")
     found = [describe(path) for path in checkpoints(args.directory)]

@@ -108,7 +108,7 @@ def suffix_of(name: str) -> str:
 def walk_images(folder: str | Path) -> Tree:
     """Finds the images below a folder."""
     tree = Tree()
-    for directory, files in sorted(generate_scales(str(folder), tree.left_out, ())):
+    for directory, files in sorted(walk_folders(str(folder), tree.left_out, ())):
         for name in sorted(files):
             if is_hidden(name):
                 tree.left_out.append(os.path.join(directory, name))
@@ -119,7 +119,7 @@ def walk_images(folder: str | Path) -> Tree:
     return tree
 
 
-def generate_scales(folder: str, left_out: list[str], above: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+def walk_folders(folder: str, left_out: list[str], above: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
     """Every folder below one, with its files. A link to a folder that it lies in is not followed."""
     here = os.path.realpath(folder)
     if here in above:
@@ -132,7 +132,7 @@ def generate_scales(folder: str, left_out: list[str], above: tuple[str, ...]) ->
             elif is_hidden(found.name):
                 left_out.append(found.path)
             else:
-                yield from generate_scales(found.path, left_out, (*above, here))
+                yield from walk_folders(found.path, left_out, (*above, here))
     yield folder, files
 
 

@@ -19,6 +19,7 @@ from utils.runtime.checkpoint import (
     invariants_of,
     read_checkpoint,
     read_manifest,
+    saved_averages,
 )
 from utils.runtime.distributed import Ranks, data_parallel, gathered
 from utils.runtime.files import as_json
@@ -114,12 +115,13 @@ class TrainingState:
         path = self.checkpoints.path(step)
         if not path.is_dir():
             raise ValueError(f"this rank sees no {path}: the run's directory must be one that all ranks share")
-        self.compare(read_manifest(path))
+        manifest = read_manifest(path)
+        self.compare(manifest)
         state, weights = read_checkpoint(path)
-        for name in self.averages:
-            weights.setdefault(name, weights[MODEL])  # a moving average can begin on the way
-        dropped = {name for name in weights if name.startswith("ema")}
-        lost, new = weights.keys() - self.saved.keys() - dropped, self.saved.keys() - weights.keys()
+        averages = {decay: weights.pop(name) for name, decay in saved_averages(manifest).items() if name in weights}
+        for name, decay in average_names(self.config.optim.ema).items():
+            weights[name] = averages.get(decay, weights[MODEL])  # a moving average can begin on the way, and end
+        lost, new = weights.keys() - self.saved.keys(), self.saved.keys() - weights.keys()
         if lost or new:
             names = f"has {some(sorted(lost))}" if lost else f"lacks {some(sorted(new))}"
             raise ValueError(f"{path} {names}, unlike this run: use another --out_dir, and --init_ckpt for its weights")
