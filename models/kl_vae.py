@@ -47,6 +47,8 @@ class KLConfig(VQVAEConfig):
     def __post_init__(self):
         super().__post_init__()
         levels = len(self.width_mult)
+        if self.patch < 0:
+            raise ValueError(f"a token of {self.patch} latents a side: --latent_patch must be at least 0")
         object.__setattr__(self, "patch", self.patch or (2 if levels == 4 else 1))
         object.__setattr__(self, "codebook_dim", self.z_channels * self.patch**2)
         known = SCALINGS.get((self.z_channels, levels, bool(self.decoder_attention)), 0.0)

@@ -79,16 +79,10 @@ def test_files_released_and_our_own_say_what_they_are(tmp_path):
     found = load_flexvar(tmp_path / "FlowAR.pth")
     assert (found.config.heads, found.config.sides) == (4, (1, 2, 4, 8, 16))
     assert all(torch.equal(t, released.state_dict()[k]) for k, t in found.state_dict().items())
-    start = [
-        "--model=flowar",
-        "--schedule=fixed",
-        "--width=96",
-        "--depth=1",
-        "--heads=4",
-        "--flow_width=128",
-        "--flow_depth=1",
-    ]
-    config = config_of(start, f"--init_ckpt={tmp_path / 'FlowAR.pth'}", "--pn=1_2_4_8_16", "--csf_weight=0")
+    sizes = ["--width=96", f"--depth={released.config.depth}", "--heads=4", "--flow_width=128"]
+    sizes += [f"--flow_depth={released.config.flow_depth}", "--pn=1_2_4_8_16"]
+    start = ["--model=flowar", "--schedule=fixed", f"--init_ckpt={tmp_path / 'FlowAR.pth'}", "--csf_weight=0"]
+    config = config_of(start, *sizes)
     config = replace(config, run=replace(config.run, out_dir=str(tmp_path / "run")))
     vae = KLConfig(32, (1, 1, 1, 1, 1), 1, z_channels=4, scaling=1.0).build()
     model = build_model(config, vae, ["a", "b"])  # training goes on from such a file

@@ -242,6 +242,8 @@ def test_a_published_scaling_is_not_that_of_ones_own_training(tmp_path):
     with pytest.raises(ValueError, match="give it by --latent_scaling"):
         _ = load_tokenizer(own).scaling
     assert load_tokenizer(own, scaling=0.3).scaling == 0.3
+    with pytest.raises(ValueError, match="--latent_patch must be at least 0"):
+        load_tokenizer(own, scaling=0.3, patch=-1)
 
 
 def test_measured_scaling_is_one_over_the_deviation_of_drawn_latents(small_kl_file):
