@@ -102,6 +102,10 @@ class ResidualPathway:
         """Codes (B, n) → their rows (B, n, D). Rows (B, n, D), mixed ones for instance, stay as they are."""
         return codes if codes.is_floating_point() else F.embedding(codes, self.quantizer.embedding.weight)
 
+    def own(self, tokens: Tensor) -> Tensor:
+        """Tokens as they are."""
+        return tokens
+
     def residual(self, i: int, codes: Tensor, schedule: ScaleSchedule) -> Tensor:
         """R_i: codes (B, s²) of scale i, or rows, → what they add to the canvas (B, D, S, S)."""
         s, side = schedule.sides[i], schedule.sides[-1]

@@ -265,6 +265,7 @@ UNREAD = [
     (TrainConfig, ["--dataset=digits", "--label_column=a"], "--label_column"),
     (TrainConfig, ["--code_cache=codes", "--encode_tf32"], "--encode_tf32"),
     (TrainConfig, ["--noise=neighbour"], "--noise"),
+    (TrainConfig, ["--ssr=last", "--pn=2_4_8", "--schedule=fixed"], "--ssr last feeds the class to side 1"),
     (TrainConfig, ["--model=var", "--schedule=fixed", "--csf_target=requantised", "--ssr_steps=2"], "--ssr_steps"),
     *(
         (TrainConfig, ["--training_mode=cca", "--init_ckpt=x", more], more.partition("=")[0])

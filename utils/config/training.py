@@ -372,6 +372,9 @@ class TrainConfig(Flags):
             self.check_contrast()
         for group in (self.sar, self.speed, self.optim):
             check_generator(self.model.model, group)
+        sides = self.model.scales.sides
+        if self.sar.training_mode == "csfl" and self.sar.ssr == "last" and sides[0] != 1:
+            raise ValueError(f"--ssr last feeds the class to side 1, which --pn, from {sides[0]} on, has not")
         if self.speed.parallel == "fsdp" and self.optim.precision == "fp16":
             raise ValueError("--parallel fsdp does not go with --precision fp16: use bf16 or fp32")
 
@@ -388,8 +391,6 @@ class TrainConfig(Flags):
         sar, sides = self.sar, self.model.scales.sides
         if sar.training_mode != "teacher_forcing" and len(sides) < 2:
             raise ValueError(f"--training_mode {sar.training_mode} feeds one scale to the next: --pn has one only")
-        if sar.training_mode == "csfl" and sar.ssr == "last" and sides[0] != 1:
-            raise ValueError(f"--ssr last feeds the class to side 1, which --pn, from {sides[0]} on, has not")
         if sar.training_mode == "sf_hybrid" and sar.sf_hybrid_from > sides[-1]:
             raise ValueError(
                 f"--sf_hybrid_from {sar.sf_hybrid_from} leaves no scale self-fed: the finest side is {sides[-1]}"
