@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from experiments.plan_cifar10 import CLAIMS, MAIN, PN, VARIANTS
-from experiments.report_cifar10 import PAPER, SHOWN, paired, verdict
+from experiments.report_cifar10 import PAPER, SHOWN, paired, same_guidance_table, verdict
 from experiments.study_cifar10 import compare_at_equal_score, distance_at, main
 from tests.conftest import run, tool
 from utils.config.training import TrainConfig
@@ -109,3 +109,16 @@ def test_differences_are_taken_seed_by_seed():
     assert paired(rows, "a", "b", "x") == [2.0]
     assert paired(rows, "a", "c", "x") == []
     assert paired(rows, "a", "b", "y") == []
+
+
+def test_at_equal_guidance_a_variant_is_beside_its_own_seed():
+    def row(seed, *distances):
+        return {
+            "seed": seed,
+            "frontier": [{"guidance": g, "distance": d} for g, d in zip((1, 2), distances, strict=True)],
+        }
+
+    rows = {"before": [row(0, 9, 9)], "TF continued": [row(0, 5, 6), row(1, 7, 8)], "SAR": [row(1, 6, 6), row(0, 4, 6)]}
+    table = same_guidance_table(rows).splitlines()
+    assert table[-1].startswith("| SAR | -1.00 (95 %: ± 0.00) | -1.00 ± 1.00")
+    assert len(table) == 3
