@@ -155,9 +155,9 @@ class KLAutoencoder(Tokenizer):
             return PixelPathway(self)
         return LatentPathway(self.config.patch, self.config.z_channels)
 
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] → mean and log-variance (B, z, h, w) of their latents."""
-        mean, log_variance = self.encode(images, self.config.down_sampling).chunk(2, dim=1)
+    def moments(self, images: Tensor, multiple: int = 0) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] → mean and log-variance (B, z, h, w) of their latents. See `encode`."""
+        mean, log_variance = self.encode(images, multiple).chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
 
     def latents(self, mean: Tensor, log_variance: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -237,7 +237,7 @@ class KLAutoencoder(Tokenizer):
         small = max(1, round(full * int(torch.randint(8, 32, ())) / 32)) if luck < 0.625 else full
         if 0.5 <= luck < 0.625:  # a quarter of what is not turned
             images = F.interpolate(images, (small * down,) * 2, mode="bilinear", antialias=True)
-        mean, log_variance = self.moments(images)
+        mean, log_variance = self.moments(images, down)  # which need not make whole tokens
         latent = mean + (0.5 * log_variance).exp() * noise_like(mean)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3)).mean()
         if luck < 0.5:

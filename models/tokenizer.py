@@ -136,11 +136,11 @@ class Tokenizer(nn.Module):
         """`known`, within the precision it needs."""
         return KnownCodes(self.codes_of_images(images, schedule.sides, supervision))
 
-    def encode(self, images: Tensor, factor: int = 0) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] → latent (B, D, H / factor, W / factor); by default the factor of tokens."""
-        factor = factor or self.config.factor
-        if images.shape[-1] % factor or images.shape[-2] % factor:
-            raise ValueError(f"image sides must be multiples of {factor}, got {tuple(images.shape[-2:])}")
+    def encode(self, images: Tensor, multiple: int = 0) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] → latent (B, D, h, w). Sides are such multiples, by default whole tokens."""
+        multiple = multiple or self.config.factor
+        if images.shape[-1] % multiple or images.shape[-2] % multiple:
+            raise ValueError(f"image sides must be multiples of {multiple}, got {tuple(images.shape[-2:])}")
         parts = images.split(self.at_once(images, images.shape[-2:].numel()))
         return torch.cat([self.quant_conv(self.encoder(part)) for part in parts])
 

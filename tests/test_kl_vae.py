@@ -228,6 +228,8 @@ def test_equivariance_goes_with_tokens_of_several_latents():
         with torch.no_grad():
             sides.add(vae.quantise(recipes.blocky_images(1, 1, 64), (4,)).real[0].shape[-1] // 8)
     assert any(side % 2 for side in sides)
+    with pytest.raises(ValueError, match="image sides must be multiples of 16, got"):
+        vae.moments(torch.zeros(1, 3, 24, 24))
 
 
 def test_a_published_scaling_is_not_that_of_ones_own_training(tmp_path):
