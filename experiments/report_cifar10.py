@@ -69,6 +69,14 @@ def half_width(spread: float, n: int) -> float:
     return float(student.ppf((1 + CONFIDENCE) / 2, n - 1)) * spread / math.sqrt(n)
 
 
+def with_interval(differences: list[float]) -> str:
+    """Mean ± standard error, and the confidence interval where there are several."""
+    shown = standard_error(differences, 2)
+    if len(differences) > 1:
+        shown += f" (95 %: ± {half_width(statistics.stdev(differences), len(differences)):.2f})"
+    return shown
+
+
 def differences_table(found: Rows, columns: dict[str, tuple[str, int]]) -> str:
     """Every variant's numbers less those of continued teacher forcing, seed by seed."""
     rows = {}
@@ -98,9 +106,7 @@ def claims_table(found: Rows, column: str) -> str:
     for claim, (a, b) in CLAIMS.items():
         differences = paired(found, a, b, column)
         said, settle = verdict(differences)
-        shown = standard_error(differences, 2) if differences else ""
-        if len(differences) > 1:
-            shown += f" (95 %: ± {half_width(statistics.stdev(differences), len(differences)):.2f})"
+        shown = with_interval(differences) if differences else ""
         lines.append([claim, shown, str(len(differences)), f"**{said}**", settle])
     return markdown(["claim", "difference of distances", "seeds", "", "just enough at this spread"], lines)
 
@@ -173,21 +179,16 @@ def frontier_table(found: Rows) -> str:
 def same_guidance_table(found: Rows) -> str:
     """Distances at every guidance less those of continued teacher forcing at the same one, seed by seed: no choice of a
     guidance, which the noise of few images can tip, is in them."""
-    forced = {row["seed"]: row["frontier"] for row in found.get("TF continued", [])}
     guidances = [point["guidance"] for point in next(iter(found.values()))[0]["frontier"]]
-    lines = []
-    for name, rows in found.items():
-        pairs = [(row["frontier"], forced[row["seed"]]) for row in rows if row["seed"] in forced]
-        if not pairs or name in ("before", "TF continued"):
-            continue
-        cells = []
-        for i in range(len(guidances)):
-            differences = [own[i]["distance"] - other[i]["distance"] for own, other in pairs]
-            shown = standard_error(differences, 2)
-            if len(differences) > 1:
-                shown += f" (95 %: ± {half_width(statistics.stdev(differences), len(differences)):.2f})"
-            cells.append(shown)
-        lines.append([name, *cells])
+    points = [
+        {name: [{"seed": row["seed"], **row["frontier"][i]} for row in rows] for name, rows in found.items()}
+        for i in range(len(guidances))
+    ]
+    lines = [
+        [name, *(with_interval(paired(at, name, "TF continued")) for at in points)]
+        for name in found
+        if name not in ("before", "TF continued") and paired(points[0], name, "TF continued")
+    ]
     return markdown(["", *(f"guidance {g:g}" for g in guidances)], lines)
 
 

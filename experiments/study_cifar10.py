@@ -112,7 +112,7 @@ class Study:
             flags += [f"--init_ckpt={out / 'base'}", f"--eval_every={max(1, size.further // 3)}"]
             launch(["train.py", *model, *flags, f"--out_dir={self.run(name, seed)}"], processes=1)
 
-        in_turn(further, self.jobs)
+        two_at_a_time(further, self.jobs)
 
     # ------------------------------------------------------------------------------- photographs to compare with
 
@@ -236,8 +236,8 @@ class Study:
         if not torch.cuda.is_available():
             torch.set_num_threads(max(1, cores() // 2))
         first = {name: run for (name, _), run in reversed(runs.items())}  # of the variant's first seed
-        guidance = dict(zip(first, in_turn(self.best_guidance, first.values()), strict=True))
-        judged = in_turn(lambda key: self.row(runs[key], guidance[key[0]]), runs)
+        guidance = dict(zip(first, two_at_a_time(self.best_guidance, first.values()), strict=True))
+        judged = two_at_a_time(lambda key: self.row(runs[key], guidance[key[0]]), runs)
         rows: dict[str, list[dict]] = {}
         for (name, seed), row in zip(runs, judged, strict=True):
             rows.setdefault(name, []).append({"seed": seed, **row})
@@ -256,8 +256,8 @@ class Study:
             print(f"{name:>40}  seed {seed}: step {reached(run)} of {self.steps(name)} {judged}")
 
 
-def in_turn(function: Callable[[Any], Any], jobs: Iterable) -> list:
-    """Results of all jobs; two at a time on a CPU, of which a small model keeps but half busy."""
+def two_at_a_time(function: Callable[[Any], Any], jobs: Iterable) -> list:
+    """Results of all jobs; on a GPU one at a time. A small model keeps but half of a CPU busy."""
     with ThreadPoolExecutor(1 if torch.cuda.is_available() else 2) as pool:
         return list(pool.map(function, jobs))
 

@@ -155,6 +155,8 @@ class Pathway(Protocol):
         self, tokens: Tensor, schedule: ScaleSchedule, truth: Tensor | None = None, first: int = 1
     ) -> Tensor: ...
 
+    def corrected(self, fed: Tensor, truth: Tensor, schedule: ScaleSchedule) -> Tensor: ...
+
     def feeds(self, i: int) -> int: ...
 
     def soften(self, schedule: ScaleSchedule, draw: Any, seeds: Sequence[int]) -> Callable[[int, Tensor], Tensor]: ...
@@ -189,12 +191,8 @@ class UpsamplingPathway:
         """
         return shift_all(tokens, self.codebook, schedule, first)
 
-    def requantised(self, drawn: Tensor, truth: Tensor, schedule: ScaleSchedule, one_step: bool) -> Tensor:
-        """The drawn tokens: codes of a scale do not depend on those before it. See the residual pathway."""
-        return drawn
-
     def corrected(self, fed: Tensor, truth: Tensor, schedule: ScaleSchedule) -> Tensor:
-        """The truth, whatever is fed: see the residual pathway."""
+        """The truth: codes of a scale do not depend on those before it. See the residual pathway."""
         return truth
 
     def feeds(self, i: int) -> int:

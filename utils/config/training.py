@@ -214,8 +214,8 @@ class SARConfig(Flags):
         only_with(self, self.sf_top_k != 1, "another --sf_top_k than 1, the greedy one", ["sf_top_p"])
         only_with(self, self.rollout == "cfg", "--rollout cfg", ["sf_cfg_scale"])
         only_with(self, self.ssr == "all", "--ssr all", ["ssr_steps"])
-        if self.csf_target == "requantised":  # for the canvas of one rollout, which deeper ones would not be fed with
-            only_with(self, False, "another --csf_target than requantised", ["ssr_steps"])
+        # Requantised targets are of the canvas of one rollout, which deeper ones are not fed with.
+        only_with(self, self.csf_target != "requantised", "another --csf_target than requantised", ["ssr_steps"])
 
 
 @dataclass(frozen=True)

@@ -191,20 +191,20 @@ def classes_of(
         if known is not None and list(names) != known:
             raise ValueError(f"the classes of the held-out column {column!r} are not those of the training split")
         return list(names), values.astype(np.int64)
-    if values.dtype.kind in "iu":
-        text, every = [str(i) for i in values.tolist()], [str(i) for i in range(int(values.max(initial=-1)) + 1)]
-    elif values.dtype.kind in "UO" and all(isinstance(value, str) for value in values):
-        text = values.tolist()
-        every = sorted(set(text))
-    else:
+    numbers = values.dtype.kind in "iu"
+    if not numbers and not (values.dtype.kind in "UO" and all(isinstance(value, str) for value in values)):
         raise ValueError(f"the column {column!r} holds {values.dtype}: labels are class labels, whole numbers or names")
-    every = every if known is None else known
+    distinct, places = np.unique(values if numbers else values.astype(str), return_inverse=True)
+    text = [str(value) for value in distinct]
+    every = known
+    if every is None:
+        every = [str(i) for i in range(int(distinct.max(initial=-1)) + 1)] if numbers else text
     ids = {name: i for i, name in enumerate(every)}
     if strange := sorted(set(text) - set(ids)):
         raise ValueError(
             f"the held-out column {column!r} has classes that no training image has: {', '.join(strange[:5])}"
         )
-    return every, np.array([ids[name] for name in text], dtype=np.int64)
+    return every, np.array([ids[name] for name in text], dtype=np.int64)[places]
 
 
 def check_hub(config: DataConfig) -> None:

@@ -42,11 +42,6 @@ def averages_of(config: Mapping[str, Any]) -> dict[str, float]:
     return average_names([decay for decay in (kept if isinstance(kept, list) else [kept]) if decay])
 
 
-def saved_averages(manifest: Mapping[str, Any]) -> dict[str, float]:
-    """File → decay of a checkpoint's moving averages."""
-    return averages_of(manifest["config"])
-
-
 @dataclass(frozen=True)
 class RunState:
     """State that a run needs to go on, beside its weights."""
@@ -287,7 +282,7 @@ def named_average(manifest: Mapping[str, Any], named: str) -> str:
     """The file of the moving average of this decay, or of the first. Raises ValueError when there is none."""
     if named == EMA:
         return EMA
-    kept = {f"{decay:g}": name for name, decay in saved_averages(manifest).items()}
+    kept = {f"{decay:g}": name for name, decay in averages_of(manifest["config"]).items()}
     try:
         wanted = f"{float(named):g}"
     except ValueError:

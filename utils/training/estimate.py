@@ -163,6 +163,7 @@ def estimate(
     with torch.device("meta"):
         model, vae = config.build(), vae.config.build().eval().requires_grad_(False)
     ends = ScaleSchedule((1, schedule.sides[-1]))
+    contrast = sar.training_mode == "cca" and sar.cca_lambda > 0  # with a frozen model beside it
     with ExitStack() as stack:
         stack.enter_context(shapes_only(dtype))
         without_values(model)
@@ -181,15 +182,14 @@ def estimate(
             flops += sar.ssr_steps * 3 * second + forward * (sar.rollout == "cfg")
         elif sar.training_mode in NAIVE:
             flops += forward * (2 if sar.rollout == "cfg" else 1)
-        elif sar.training_mode == "cca" and sar.cca_lambda:  # images with their classes and with others, twice by each
+        elif contrast:  # images with their classes and with others, twice by each
             image, flops = 2 * image, 2 * (3 + 1) * forward
         flops += 0 if cached else encoding(vae, schedule)
         stored = sum(p.numel() for p in model.parameters())
         tokenizer = sum(p.numel() for p in vae.parameters())
     half = 2 if dtype != torch.float32 else 4
     logits = ROWS_AT_ONCE * config.codebook_size * (4 + 4 + half)
-    frozen = 4 * stored if sar.training_mode == "cca" and sar.cca_lambda else 0
-    fixed = stored * (16 + 4 * averages) + frozen + copies + logits + 4 * tokenizer
+    fixed = stored * (16 + 4 * averages + 4 * contrast) + copies + logits + 4 * tokenizer
     return Estimate(stored, fixed, image, flops)
 
 

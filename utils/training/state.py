@@ -16,10 +16,10 @@ from utils.runtime.checkpoint import (
     Checkpoints,
     RunState,
     average_names,
+    averages_of,
     invariants_of,
     read_checkpoint,
     read_manifest,
-    saved_averages,
 )
 from utils.runtime.distributed import Ranks, data_parallel, gathered
 from utils.runtime.files import as_json
@@ -118,9 +118,12 @@ class TrainingState:
         manifest = read_manifest(path)
         self.compare(manifest)
         state, weights = read_checkpoint(path)
-        averages = {decay: weights.pop(name) for name, decay in saved_averages(manifest).items() if name in weights}
-        for name, decay in average_names(self.config.optim.ema).items():
-            weights[name] = averages.get(decay, weights[MODEL])  # a moving average can begin on the way, and end
+        kept = averages_of(manifest["config"]).items()
+        averages = {decay: weights.pop(name) for name, decay in kept if name in weights}
+        for name, average in self.averages.items():
+            weights[name] = averages.get(
+                average.decay, weights[MODEL]
+            )  # a moving average can begin on the way, and end
         lost, new = weights.keys() - self.saved.keys(), self.saved.keys() - weights.keys()
         if lost or new:
             names = f"has {some(sorted(lost))}" if lost else f"lacks {some(sorted(new))}"
