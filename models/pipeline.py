@@ -11,7 +11,6 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from models.card import Origin, card
 from models.class_names import default_names, find_class
@@ -30,6 +29,8 @@ Classes = str | int | Sequence[str | int]
 
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Images (B, 3, H, W) in [-1, 1] → PIL images."""
+    from torchvision.transforms.functional import to_pil_image  # as long to import as all else that an entry needs
+
     return [to_pil_image(image) for image in to_bytes(images)]
 
 
@@ -263,11 +264,13 @@ class SARPipeline(
     def outpaint(self, image: Image.Image, share: float, classes: Classes, **options) -> list[Image.Image]:
         """Shrink a picture to `share` of the side and paint around it; the options are those of `inpaint`."""
         canvas, mask = place_on_canvas(from_pil(upright_rgb(image), self.side), share)
-        return self.inpaint(to_pil(canvas)[0], to_pil_image(mask[0]), classes, **options)
+        return self.inpaint(to_pil(canvas)[0], to_pil(mask * 2 - 1)[0], classes, **options)
 
 
 def from_pil(image: Image.Image, side: int) -> Tensor:
     """The middle square of a picture, resized, as (1, C, side, side) in [-1, 1]."""
+    from torchvision.transforms.functional import to_tensor  # as above
+
     if image.size != (side, side):
         image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
     return to_tensor(image).unsqueeze(0) * 2 - 1

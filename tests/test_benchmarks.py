@@ -83,6 +83,8 @@ def test_the_gpu_benchmark_runs_dry_to_the_end_and_goes_on(tmp_path, monkeypatch
     before = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     forms = ("fixed cached", "flexvar cached", "flexvar cached --compile")
     assert set(before) == {f"steps flexvar-d1 TF {form}" for form in forms}
+    # Compiling, which those rows did, is most of the time.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     out = tool(gpu, "--dry_run", "--out", tmp_path, check=True)[1]
     assert "flexvar-d1 TF fixed cached (" not in out  # it is there
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]

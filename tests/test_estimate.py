@@ -5,12 +5,11 @@ import torch
 
 from models import VQVAE, FlexVARConfig, ScaleSchedule
 from models.scales import DEFAULT_SCHEDULE
-from tests.conftest import ALONE, config_of, tool
+from tests.conftest import ALONE, ROOT, config_of, tool
 from tests.test_every_generator import MORE, files, flags_of  # noqa: F401
 from train import build, main, sized_model
 from utils.config.training import SARConfig
-from utils.training import estimate as module
-from utils.training.estimate import Estimate, estimate, kept, products, shapes_only, without_values
+from utils.training.estimate import SIZES, Estimate, estimate, kept, products, shapes_only, table, without_values
 
 TF = SARConfig(training_mode="teacher_forcing")
 
@@ -115,8 +114,17 @@ def test_every_generator_can_be_estimated(kind, files, tmp_path):  # noqa: F811
     assert found.flops > 0
 
 
-def test_the_table_has_a_row_for_each_size_and_form(monkeypatch):
-    monkeypatch.setattr(module, "DEFAULT_SCHEDULE", ScaleSchedule((1, 2, 3)))
-    rows = module.table().splitlines()[2:]
-    assert [row.split("|")[1].strip() for row in rows[::3]] == ["d16 TF", "d20 TF", "d24 TF"]
-    assert len(rows) == 9
+@pytest.mark.parametrize("sizes", [SIZES[:1], pytest.param(SIZES, marks=pytest.mark.slow)])
+def test_the_tables_of_the_documentation_are_true(sizes):
+    found = table(sizes).splitlines()[2:]
+    assert len(found) == len(sizes)
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    assert [row for row in found if row not in page] == []
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in found]
+    cost = {name: [cell.split(" ")[0] for cell in rest] for name, *rest in cells}
+    lines = {line.split("|")[1].strip(): line for line in (ROOT / "README.md").read_text().splitlines() if "|" in line}
+    if len(sizes) > 1:
+        sar = [cost[f"d{depth} SAR, all scales"] for depth in (16, 20, 24)]
+        fits, hours = (" | ".join(", ".join(row[part]) for row in sar) for part in (slice(3), slice(4, 6)))
+        assert lines["largest `--micro_batch` in 24, 40, 80 GB"].endswith(f"| {fits} |")
+        assert lines["hours on one A100, one H100"].endswith(f"| {hours} |")

@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image
-from torchvision import datasets as tv_datasets
 
 from utils.config.training import DataConfig
 from utils.data.hub import check_hub, open_hub
@@ -23,6 +22,9 @@ from utils.data.images import View, adm_crop, centre_crop, flowar_crop, shift_an
 from utils.runtime.entry import notice
 from utils.runtime.files import digest_of_stats
 from utils.runtime.image_files import ClassFolders, class_names_in, flat_hint, name_left_out, walk_images
+
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
 
 
 class Source(Protocol):
@@ -105,10 +107,12 @@ def open_digits(config: DataConfig, split: str) -> InMemory:
     return InMemory(digits(split == "train"), [str(d) for d in range(10)])
 
 
-def cifar10(folder: str, training: bool) -> tv_datasets.CIFAR10:
+def cifar10(folder: str, training: bool) -> CIFAR10:
     """CIFAR-10, its files checked against their digests. Raises ValueError when they are not as they should be."""
+    from torchvision import datasets  # as long to import as all else that an entry needs
+
     try:
-        return tv_datasets.CIFAR10(folder, train=training)
+        return datasets.CIFAR10(folder, train=training)
     except RuntimeError:
         fetch = f"torchvision.datasets.CIFAR10({folder!r}, download=True)"
         raise ValueError(f"no CIFAR-10 in {folder}, or not all of it: {fetch} fetches it") from None

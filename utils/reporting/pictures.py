@@ -9,16 +9,19 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 
 
 def grid(images: Tensor, columns: int) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] → one picture (3, H', W') in [0, 1]."""
+    from torchvision.utils import make_grid  # as long to import as all else that an entry needs
+
     return make_grid(images.float().cpu().clamp(-1, 1).add(1).div(2), nrow=columns, padding=2, pad_value=1.0)
 
 
 def save_picture(picture: Tensor, path: Path) -> None:
     """A picture (3, H, W) in [0, 1] → a PNG file."""
+    from torchvision.utils import save_image  # as above
+
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(picture, path)
 

@@ -10,17 +10,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from utils.runtime.process import die_with_parent, keep_freed_memory
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ def shard(model: nn.Module, units: Iterable[nn.Module], dtype: torch.dtype, meth
     Gradients are summed over the ranks in fp32. What lies in no unit is gathered in fp32. `methods` are those, beside
     `forward`, by which the model is called.
     """
+    # A second to import, for those who shard only.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # the residual stream stays as it is
     if dtype != torch.float32:
         policy = replace(policy, param_dtype=dtype, reduce_dtype=torch.float32)
@@ -95,9 +99,14 @@ def shard(model: nn.Module, units: Iterable[nn.Module], dtype: torch.dtype, meth
         register_fsdp_forward_method(model, method)
 
 
+def is_sharded(tensor: Any) -> TypeGuard[DTensor]:
+    """Whether a tensor is a rank's share of a larger one."""
+    return hasattr(tensor, "full_tensor")
+
+
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor whose shares, if it is sharded, are collected on every rank's device. Every rank must take part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def gathered(tree: Any, keep: bool) -> Any:
@@ -117,14 +126,16 @@ def gathered(tree: Any, keep: bool) -> Any:
 
 def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """This rank's share of a whole tensor, if `like` is sharded; else the tensor as it is."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def to_local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def settle(device: torch.device) -> torch.device:

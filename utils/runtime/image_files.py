@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image, ImageOps
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26  # of a file: a small one can claim to unpack to gigabytes
 MAX_ASPECT = 100  # longer side over shorter: the crop scales the shorter one up
 ORIENTATION = 0x0112  # EXIF tag; from 5 on the picture lies on its side
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder's
 LEFT_OUT = "__MACOSX"  # what macOS adds to archives; hidden folders are left out, too
 
 
@@ -112,7 +112,7 @@ def walk_images(folder: str | Path) -> Tree:
         for name in sorted(files):
             if is_hidden(name):
                 tree.left_out.append(os.path.join(directory, name))
-            elif suffix_of(name) in IMG_EXTENSIONS:
+            elif suffix_of(name) in SUFFIXES:
                 tree.images.append(os.path.join(directory, name))
             else:
                 tree.others[suffix_of(name)] += 1
@@ -212,7 +212,7 @@ def flat_hint(folder: str | Path, place: Path) -> str:
     """Hint for a folder without class folders: images that lie in it make one class, in `place`."""
     folder = Path(folder)
     flat = folder.is_dir() and any(
-        suffix_of(found.name) in IMG_EXTENSIONS for found in os.scandir(folder) if found.is_file()
+        suffix_of(found.name) in SUFFIXES for found in os.scandir(folder) if found.is_file()
     )
     if flat:
         return f": for images without classes, move them to {place}/, one class"

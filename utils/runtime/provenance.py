@@ -7,10 +7,10 @@ import platform
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torchvision
 
 from utils.runtime.distributed import Ranks
 
@@ -21,7 +21,7 @@ def versions(me: Ranks) -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),
         "device": f"{me.world} × {device}",
     }
 

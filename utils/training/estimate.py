@@ -8,7 +8,8 @@ Nothing here is measured but the share of its peak that a card reaches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -207,21 +208,28 @@ def lines_of(found: Estimate, what: str, images: float, keep: int, averages: int
     ]
 
 
-def table() -> str:
-    """Table of FlexVAR's sizes in bf16: the largest --micro_batch, and hours of ten epochs of ImageNet."""
+FORMS = {
+    "TF": SARConfig(training_mode="teacher_forcing"),
+    "SAR, all scales": SARConfig(),
+    "SAR, last": SARConfig(ssr="last"),
+}
+SIZES = tuple(itertools.product((16, 20, 24), FORMS))
+
+
+def table(sizes: Iterable[tuple[int, str]] = SIZES) -> str:
+    """Table of FlexVAR's sizes in bf16: the largest --micro_batch, and hours of ten epochs of ImageNet.
+
+    Args:
+        sizes: depths, and names of `FORMS`.
+    """
     rows, vae = [], VQVAE()
-    forms = {
-        "TF": SARConfig(training_mode="teacher_forcing"),
-        "SAR, all scales": SARConfig(),
-        "SAR, last": SARConfig(ssr="last"),
-    }
-    for depth in (16, 20, 24):
-        for name, sar in forms.items():
-            found = estimate(FlexVARConfig(depth=depth), vae, DEFAULT_SCHEDULE, sar, cached=True)
-            encoded = replace(found, flops=found.flops + encoding_of(vae))
-            fits = [str(found.micro_batch(size) or "–") for size in MEMORY]
-            hours = [f"{found.hours(10 * IMAGENET, c):.0f} ({encoded.hours(10 * IMAGENET, c):.0f})" for c in CARDS]
-            rows.append([f"d{depth} {name}", *fits, f"{found.flops / 1e12:.2f}", *hours])
+    encoded = encoding_of(vae)
+    for depth, name in sizes:
+        found = estimate(FlexVARConfig(depth=depth), vae, DEFAULT_SCHEDULE, FORMS[name], cached=True)
+        from_images = replace(found, flops=found.flops + encoded)
+        fits = [str(found.micro_batch(size) or "–") for size in MEMORY]
+        hours = [f"{found.hours(10 * IMAGENET, c):.0f} ({from_images.hours(10 * IMAGENET, c):.0f})" for c in CARDS]
+        rows.append([f"d{depth} {name}", *fits, f"{found.flops / 1e12:.2f}", *hours])
     titles = [f"fit {size} GB" for size in MEMORY]
     return markdown(["", *titles, "TFLOP an image", *(f"h on one {card}" for card in CARDS)], rows)
 

@@ -39,13 +39,15 @@ class Statistics:
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Fréchet distance of two Gaussians: |μa - μb|² + tr(Σa + Σb - 2·√(Σa·Σb)).
 
-    The trace of √(Σa·Σb) is that of √(√Σa·Σb·√Σa), whose eigenvalues are real and not negative. What rounding leaves
-    where an eigenvalue is zero (fewer samples than features) counts as zero.
+    With Σa = H·Hᵀ, the trace of √(Σa·Σb) is that of √(Hᵀ·Σb·H), whose eigenvalues are real and not negative. H has a
+    column for each positive eigenvalue of Σa: few where samples are fewer than features. What rounding leaves where an
+    eigenvalue is zero counts as zero.
     """
     values, vectors = torch.linalg.eigh(a.covariance)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    squares = torch.linalg.eigvalsh(root @ b.covariance @ root)
-    noise = squares.amax() * len(squares) * torch.finfo(squares.dtype).eps
+    positive = values > values[-1:] * len(values) * torch.finfo(values.dtype).eps
+    half = vectors[:, positive] * values[positive].sqrt()
+    squares = torch.linalg.eigvalsh(half.T @ b.covariance @ half)
+    noise = squares[-1:] * len(squares) * torch.finfo(squares.dtype).eps
     cross = squares.where(squares > noise, 0.0).sqrt().sum()
     shift = (a.mean - b.mean).square().sum()
     return (shift + a.covariance.trace() + b.covariance.trace() - 2 * cross).item()
