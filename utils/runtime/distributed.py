@@ -100,7 +100,7 @@ def shard(model: nn.Module, units: Iterable[nn.Module], dtype: torch.dtype, meth
 
 
 def is_sharded(tensor: Any) -> TypeGuard[DTensor]:
-    """Whether a tensor is a rank's share of a larger one."""
+    """True for a rank's share of a larger tensor."""
     return hasattr(tensor, "full_tensor")
 
 

@@ -211,9 +211,7 @@ class ClassFolders:
 def flat_hint(folder: str | Path, place: Path) -> str:
     """Hint for a folder without class folders: images that lie in it make one class, in `place`."""
     folder = Path(folder)
-    flat = folder.is_dir() and any(
-        suffix_of(found.name) in SUFFIXES for found in os.scandir(folder) if found.is_file()
-    )
+    flat = folder.is_dir() and any(suffix_of(found.name) in SUFFIXES for found in os.scandir(folder) if found.is_file())
     if flat:
         return f": for images without classes, move them to {place}/, one class"
     return f": it must be {place.parent}/<class>/<image files>"
