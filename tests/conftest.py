@@ -6,9 +6,13 @@ import gzip
 import io
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -29,7 +33,7 @@ from models.residual_vqvae import ResidualVQVAEConfig
 from models.weights import save_weights
 from tests import recipes
 from utils.config.training import TrainConfig
-from utils.runtime.distributed import Ranks
+from utils.runtime.distributed import Ranks, ranks
 from utils.runtime.flags import parse
 
 ROOT = Path(__file__).parent.parent
@@ -163,6 +167,59 @@ def run(*command: str | Path, check: bool = True, **env: str) -> subprocess.Comp
 def torchrun(processes: int, *command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return run(*launcher, *command, **env)
+
+
+def on_ranks(processes: int, function: Callable[[], None]) -> None:
+    """Runs a function on several ranks, forks of this process: as under torchrun, without seconds of imports."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as logs:
+        free.bind(("127.0.0.1", 0))
+        env = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+        free.close()
+        sys.stdout.flush()
+        children = {}
+        for rank in range(processes):
+            log = Path(logs) / f"{rank}.log"
+            child = os.fork()
+            if child == 0:
+                run_as_rank(function, log, {**env, "RANK": rank, "LOCAL_RANK": rank})
+            children[child] = log
+        failed = [log.read_text() for child, log in children.items() if os.waitpid(child, 0)[1] != 0]
+        assert not failed, "\n".join(failed)
+
+
+def run_as_rank(function: Callable[[], None], log: Path, env: dict[str, object]) -> None:
+    """The life of a forked rank: it never returns."""
+    status = 1
+    try:
+        signal.alarm(600)  # a rank that waits for one that has died
+        os.environ.update({name: str(value) for name, value in env.items()})
+        file = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
+        function()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def tool_on_ranks(processes: int, main: Callable[[], None], *arguments: str | Path) -> None:
+    """Runs a command line's `main` on several ranks."""
+    on_ranks(processes, lambda: print(tool(main, *arguments, check=True)))
+
+
+def train_on_two_ranks(directory: Path, runs: dict[str, list[str]]) -> None:
+    """Runs of train.py by their names and flags, one after the other in one process group, into DIRECTORY/NAME."""
+    from train import build
+
+    def train() -> None:
+        with ranks() as me:
+            for name, flags in runs.items():
+                build(config_of(flags, f"--out_dir={directory / name}"), me).fit()
+
+    on_ranks(2, train)
 
 
 def tool(main: Callable[[], None], *arguments: str | Path, check: bool = False) -> tuple[int, str, str]:

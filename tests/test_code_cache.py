@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 
 from models.scales import ScaleSchedule
-from tests.conftest import ALONE, ROOT, config_of, run, torchrun
+from tests.conftest import ALONE, ROOT, config_of, run, tool, tool_on_ranks
 from train import build as build_trainer
+from train import main as train
 from utils.config.training import DataConfig
 from utils.data import code_cache
-from utils.data.code_cache import CacheConfig, CacheFlags, CodeCache, build, open_cache
+from utils.data.code_cache import CacheConfig, CacheFlags, CodeCache, build, main, open_cache
 from utils.data.datasets import encode_batch, make_loader, open_dataset
 from utils.data.sources import InMemory
 from utils.runtime.distributed import Ranks
@@ -92,7 +93,7 @@ def test_the_loaders_workers_read_the_same(cache, tiny_vae):
 
 
 def test_two_ranks_write_the_same_files(cache, small_vae_file, tmp_path):
-    torchrun(2, "-m", "utils.data.code_cache", f"--out={tmp_path / 'c'}", f"--vae_ckpt={small_vae_file}", "--batch=64",
+    tool_on_ranks(2, main, f"--out={tmp_path / 'c'}", f"--vae_ckpt={small_vae_file}", "--batch=64",
              "--dataset=digits", "--workers=0", "--image_size=16", "--crops=3", "--shard_images=500")  # fmt: skip
     for path in cache.rglob("*"):
         if path.is_file():
@@ -133,8 +134,9 @@ def test_what_is_missing_of_a_half_built_cache_is_dealt_evenly(cache, small_vae_
 
 def test_a_killed_build_goes_on_and_ends_the_same(cache, small_vae_file, tmp_path):
     out = tmp_path / "c"
-    command = [sys.executable, "-m", "utils.data.code_cache", f"--out={out}", f"--vae_ckpt={small_vae_file}"]
-    command += ["--dataset=digits", "--workers=0", "--image_size=16", "--crops=3", "--batch=64", "--shard_images=500"]
+    flags = [f"--out={out}", f"--vae_ckpt={small_vae_file}", "--dataset=digits", "--workers=0", "--image_size=16"]
+    flags += ["--crops=3", "--batch=64", "--shard_images=500"]
+    command = [sys.executable, "-m", "utils.data.code_cache", *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -146,7 +148,7 @@ def test_a_killed_build_goes_on_and_ends_the_same(cache, small_vae_file, tmp_pat
     written = (out / "train/shard_00000.npy").stat().st_mtime_ns
     with pytest.raises(ValueError, match="no finished code cache"):
         code_cache.read_manifest(out)
-    run(*command)
+    tool(main, *flags, check=True)
     assert (out / "train/shard_00000.npy").stat().st_mtime_ns == written  # kept, not made again
     assert (out / "manifest.json").read_bytes() == (cache / "manifest.json").read_bytes()
 
@@ -161,34 +163,34 @@ def test_a_cache_that_does_not_fit_is_refused(cache, flags, vae, tiny_vae, small
     with pytest.raises(ValueError, match="other settings"):
         build(flags_of(small_vae_file, cache, crops=4), ALONE)
     flags = [f for f in flags if not f.startswith("--dataset")]
-    done = run(sys.executable, "train.py", *flags, f"--code_cache={tmp_path}", "--check", check=False)
-    assert done.returncode == 1
-    assert "no finished code cache" in done.stderr
+    status, _, said = tool(train, *flags, f"--code_cache={tmp_path}", "--check")
+    assert status == 1
+    assert "no finished code cache" in said
 
 
 def test_damage_is_found(cache, tiny_vae, tmp_path):
     copy = tmp_path / "c"
     shutil.copytree(cache, copy)
-    verify = [sys.executable, "-m", "utils.data.code_cache", f"--out={copy}", "--verify"]
-    assert "4 shards" in run(*verify).stdout  # three of training, one held out
+    verify = [f"--out={copy}", "--verify"]
+    assert "4 shards" in tool(main, *verify, check=True)[1]  # three of training, one held out
     shard = copy / "train/shard_00001.npy"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    done = run(*verify, check=False)
-    assert done.returncode == 1
-    assert str(shard) in done.stderr
+    status, _, said = tool(main, *verify)
+    assert status == 1
+    assert str(shard) in said
     content[-1] ^= 1
     shard.write_bytes(content)
     labels = copy / "val/labels.npy"
     labels.write_bytes(labels.read_bytes()[:-1] + b"\x07")
-    assert str(labels) in run(*verify, check=False).stderr
+    assert str(labels) in tool(main, *verify)[2]
     shard.write_bytes(content[:-1])
     with pytest.raises(ValueError, match=r"shard_00001\.npy is missing or damaged"):
         CodeCache(copy, "train")
-    done = run(sys.executable, "-m", "utils.data.code_cache", "--verify", check=False)
-    assert done.returncode == 1
-    assert "--out is missing" in done.stderr
+    status, _, said = tool(main, "--verify")
+    assert status == 1
+    assert "--out is missing" in said
 
 
 def test_a_folder_of_photographs(tmp_path, small_vae_file, tiny_vae):

@@ -17,7 +17,7 @@ from evaluate import Generated, label_order, main
 from models import SARPipeline
 from models.kl_vae import KLConfig
 from models.weights import save_weights
-from tests.conftest import ALONE, ROOT, config_of, run, tool, torchrun
+from tests.conftest import ALONE, ROOT, config_of, run, tool, tool_on_ranks
 from train import build
 from utils.config.sampling import EvalConfig
 from utils.evaluations.c2i.images import FolderImages, NpzImages, Resized, open_images, write_npz
@@ -85,7 +85,7 @@ def test_saved_samples_are_the_judged_ones(alone, real, tmp_path):
 
 
 def test_ranks_do_not_change_the_numbers(alone, saved, real, tmp_path):
-    torchrun(2, *flags(saved, real, tmp_path))
+    tool_on_ranks(2, main, *flags(saved, real, tmp_path)[1:])
     assert numbers(report_of(tmp_path)) == pytest.approx(numbers(report_of(alone)), rel=1e-6, abs=1e-9)
 
 

@@ -1,6 +1,5 @@
 """What must hold of every generator: the same tests, run over the table."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from models.scales import ScaleSchedule
 from models.weights import load_tokenizer
 from sar_trainer import SARTrainer
 from tests import recipes
-from tests.conftest import ALONE, config_of, torchrun, worst
+from tests.conftest import ALONE, config_of, train_on_two_ranks, worst
 from tests.test_trainer import assert_same, lines_of, weights_of
 from train import build
 from trainer import Trainer
@@ -84,8 +83,7 @@ def two_ranks(files, tmp_path_factory) -> Path:
     for name, changed in more.items():
         runs[f"flexvar {name}"] = [*runs["flexvar"], *changed]
         runs[f"flexvar {name} sharded"] = [*runs["flexvar"], *changed, "--parallel=fsdp"]
-    (directory / "runs.json").write_text(json.dumps(runs))
-    torchrun(2, "-m", "tests.two_ranks", directory)
+    train_on_two_ranks(directory, runs)
     return directory
 
 

@@ -10,12 +10,10 @@ from safetensors.torch import load_file
 
 from models import FlexVAR, FlexVARConfig
 from models.scales import draw_schedule
-from tests.conftest import ALONE, ROOT, config_of, torchrun, worst
-from train import build
+from tests.conftest import ALONE, config_of, tool_on_ranks, worst
+from train import build, main
 from utils.runtime.checkpoint import newest_checkpoint
 from utils.runtime.distributed import alone
-
-TRAIN = str(ROOT / "train.py")
 
 
 def weights_of(directory, name="model"):
@@ -102,10 +100,10 @@ def test_sharded_training_equals_ddp(flags, tmp_path):
     """DDP's last two steps again, fully sharded over the ranks: the same weights and average, saved whole."""
     ddp, fsdp = tmp_path / "ddp", tmp_path / "fsdp"
     common = [*flags, "--ema=0.5", "--save_every_steps=2", "--max_steps=4", "--vis_ema"]
-    torchrun(2, TRAIN, *common, f"--out_dir={ddp}")
+    tool_on_ranks(2, main, *common, f"--out_dir={ddp}")
     half = "checkpoints/step_0000002"
     shutil.copytree(ddp / half, fsdp / half)
-    torchrun(2, TRAIN, *common, "--parallel=fsdp", f"--out_dir={fsdp}")
+    tool_on_ranks(2, main, *common, "--parallel=fsdp", f"--out_dir={fsdp}")
     for kind in ("model", "ema"):
         before = load_file(ddp / half / f"{kind}.safetensors")
         assert any((before[name] - x).abs().max() > 1e-3 for name, x in weights_of(ddp, kind).items())

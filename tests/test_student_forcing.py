@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +5,7 @@ import torch.nn.functional as F
 from models.sampling import Guidance, SamplingConfig, evaluating, generate_scales
 from models.scales import ScaleSchedule, shift_all, shift_up
 from student_forcing import STUDENT_FORCING
-from tests.conftest import ALONE, config_of, torchrun, worst
+from tests.conftest import ALONE, config_of, train_on_two_ranks, worst
 from trainer import Trainer
 from utils.data.datasets import CodeBatch, open_dataset
 from utils.runtime.checkpoint import newest_checkpoint
@@ -144,7 +142,6 @@ def test_a_step_costs_a_rollout_without_gradient_and_one_forward(mode, scales, r
 def test_every_mode_trains_on_two_ranks(flags, tmp_path):
     own = {mode: ["--sf_hybrid_from=2"] if mode == "sf_hybrid" else [] for mode in STUDENT_FORCING}
     runs = {mode: [*flags, f"--training_mode={mode}", *more, "--max_steps=2"] for mode, more in own.items()}
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    torchrun(2, "-m", "tests.two_ranks", tmp_path)
+    train_on_two_ranks(tmp_path, runs)
     for mode in STUDENT_FORCING:
         assert newest_checkpoint(tmp_path / mode).name == "step_0000002"

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from models.weights import load_tokenizer
-from tests.conftest import ALONE, torchrun
-from train_tokenizer import build, check
+from tests.conftest import ALONE, tool_on_ranks
+from train_tokenizer import build, check, main
 from utils.config.tokenizer import TokenizerTrainConfig
 from utils.reporting.pictures import read_metrics
 from utils.runtime.checkpoint import checkpoints, read_checkpoint
@@ -148,7 +148,7 @@ def test_a_dropped_step_revives_nothing(tmp_path):
 def test_two_ranks_train_as_one(tmp_path):
     """Equal micro-batches: the same weights, discriminator, counts and revived rows."""
     flags = [*SMALL, *EVERYTHING, "--micro_batch=4", "--max_steps=5", "--lr=1e-4"]
-    torchrun(2, "train_tokenizer.py", *flags, f"--out_dir={tmp_path / 'two'}")
+    tool_on_ranks(2, main, *flags, f"--out_dir={tmp_path / 'two'}")
     build(config_of(*flags[len(SMALL) :], f"--out_dir={tmp_path / 'one'}"), ALONE).fit()
     (_, two), (_, one) = (read_checkpoint(checkpoints(tmp_path / name)[-1]) for name in ("two", "one"))
     for name, tensors in one.items():

@@ -12,7 +12,7 @@ from models.pipeline import open_pipeline
 from models.scales import draw_schedule
 from models.weights import save_weights
 from sar_trainer import SARTrainer
-from tests.conftest import ALONE, config_of, fill, run, tool, torchrun
+from tests.conftest import ALONE, config_of, fill, run, tool, tool_on_ranks, torchrun
 from train import build, main
 from trainer import Trainer
 from utils.data.datasets import CodeBatch, encode_batch, open_dataset
@@ -114,10 +114,15 @@ def test_schedule_is_drawn_a_step_or_fixed(flags):
 
 @pytest.mark.parametrize("mode", [TF, "--training_mode=csfl"])
 def test_two_ranks_equal_one_rank_with_two_accumulation_steps(mode, flags, tmp_path):
-    """Also: plain `python train.py` and torchrun both work."""
+    """With teacher forcing as users start it: plain `python train.py`, and torchrun."""
     common = [*flags, mode, "--micro_batch=4", "--label_drop=0.5"]
-    run(sys.executable, "train.py", *common, f"--out_dir={tmp_path / 'one'}")
-    torchrun(2, "train.py", *common, f"--out_dir={tmp_path / 'two'}")
+    one, two = ([*common, f"--out_dir={tmp_path / name}"] for name in ("one", "two"))
+    if mode == TF:
+        run(sys.executable, "train.py", *one)
+        torchrun(2, "train.py", *two)
+    else:
+        tool(main, *one, check=True)
+        tool_on_ranks(2, main, *two)
     assert_same(weights_of(tmp_path / "one"), weights_of(tmp_path / "two"), tolerance=2e-6)
     for a, b in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
         assert a.keys() == b.keys()
