@@ -62,8 +62,10 @@ class Trainer(Loop):
         """DDP, or with --parallel fsdp each rank's share of the model and of its average."""
         if self.config.speed.parallel == "ddp":
             return super().wrap_distributed()
-        for model in (self.model, *(average.model for average in self.averages.values())):
-            shard(model, model.shard_units(), self.precision.dtype, methods=("init_cache", "decode_scale"))
+        averages: list[Any] = [average.model for average in self.averages.values()]
+        for model in (self.model, *averages):
+            methods = ("init_cache", "decode_scale")
+            shard(model, model.shard_units(), self.precision.dtype, methods, trained=model is self.model)
         return None
 
     @cached_property

@@ -2,7 +2,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 [ -n "$PYTHON" ] || fail "no Python found: run bash scripts/setup.sh"
-"$PYTHON" -c 'import torch' 2>/dev/null || fail "$PYTHON has no PyTorch: run bash scripts/setup.sh"
+"$PYTHON" -c 'import importlib.util as i, sys; sys.exit(not i.find_spec("torch"))' || fail "$PYTHON has no PyTorch: run bash scripts/setup.sh"
 case " ${RECIPE[*]} $* " in
     *" --ckpt"* | *" --var_ckpt"* | *" --samples"* | *" --reconstruct"* | *" --compare"* | *" --help"* | *" -h "*) ;;
     *) fail "no weights of this size were released: name --ckpt RUN" ;;

@@ -30,8 +30,13 @@ fi
 
 # Processes on this node: $NPROC if set, else one a GPU, else one.
 count_gpus() {
+    local device count=0
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[0-9A-Za-z]' || true # none is no failure
+        for device in ${CUDA_VISIBLE_DEVICES//,/ }; do # up to the first that is none: -1 and NoDevFiles say "none"
+            [[ $device =~ ^([0-9]+|GPU-.*|MIG-.*)$ ]] || break
+            count=$((count + 1))
+        done
+        echo "$count"
     elif command -v nvidia-smi >/dev/null; then
         nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
     else
@@ -76,6 +81,8 @@ launch() {
     if [ "$nnodes" = 1 ] && [ "$nproc" = 1 ]; then
         exec "$PYTHON" "$@"
     fi
+    # torchrun passes these on to the ranks, who save; by itself it knows all but the last.
+    export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
     # Seconds that torchrun gives the ranks to save after a SIGTERM, before it kills them.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-180}
     rendezvous=(--standalone)

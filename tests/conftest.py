@@ -183,7 +183,19 @@ def on_ranks(processes: int, function: Callable[[], None]) -> None:
             if child == 0:
                 run_as_rank(function, log, {**env, "RANK": rank, "LOCAL_RANK": rank})
             children[child] = log
-        failed = [log.read_text() for child, log in children.items() if os.waitpid(child, 0)[1] != 0]
+        failed, deadline = [], time.monotonic() + 300
+        while children:
+            for child in list(children):
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if not ended:
+                    continue
+                log = children.pop(child)
+                if status:
+                    failed.append(log.read_text())
+                    deadline = min(deadline, time.monotonic() + 5)  # for those that wait for this one
+            for child in children if time.monotonic() > deadline else ():
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.01)
         assert not failed, "\n".join(failed)
 
 
@@ -191,7 +203,6 @@ def run_as_rank(function: Callable[[], None], log: Path, env: dict[str, object])
     """The life of a forked rank: it never returns."""
     status = 1
     try:
-        signal.alarm(600)  # a rank that waits for one that has died
         os.environ.update({name: str(value) for name, value in env.items()})
         file = os.open(log, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, 1)

@@ -1,6 +1,10 @@
+import errno
 import json
+import os
 import shutil
 import threading
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -251,3 +255,26 @@ def test_what_a_weight_file_cannot_hold_is_not_exported():
     for model in ({"latent_scaling": 0.2}, {"latent_patch": 2}, {"supervision": "image_pixels"}):
         with pytest.raises(ValueError, match=r"python -m models\.pipeline --ckpt run --out DIR"):
             check_export({"config": {"model": model}}, "run")
+
+
+def test_what_cannot_be_removed_ends_nothing(write, tmp_path):
+    """A checkpoint that was moved away, with a link in its place; then one that the system does not let go."""
+    root = tmp_path / "checkpoints"
+    write(1, 2)
+    (root / "step_0000001").rename(tmp_path / "elsewhere")
+    (root / "step_0000001").symlink_to(tmp_path / "elsewhere")
+    write(3)
+    assert not (root / "step_0000001").exists()
+    assert (tmp_path / "elsewhere/manifest.json").is_file()
+    with patch("os.replace", side_effect=partial(stubborn, os.replace)):
+        write(4)
+    assert newest_checkpoint(tmp_path).name == "step_0000004"
+    write(5)
+    assert names(tmp_path) == ["step_0000004", "step_0000005"]
+
+
+def stubborn(replace, source, target):
+    """`os.replace` of a file system that keeps what shall be discarded."""
+    if ".discarded_" in str(target):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(source))
+    replace(source, target)

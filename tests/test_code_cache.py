@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -8,6 +10,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import ClassVar
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ import torch
 from PIL import Image
 
 from models.scales import ScaleSchedule
-from tests.conftest import ALONE, ROOT, config_of, run, tool, tool_on_ranks
+from tests.conftest import ALONE, ROOT, config_of, on_ranks, run, tool, tool_on_ranks
 from train import build as build_trainer
 from train import main as train
 from utils.config.training import DataConfig
@@ -191,6 +194,39 @@ def test_damage_is_found(cache, tiny_vae, tmp_path):
     status, _, said = tool(main, "--verify")
     assert status == 1
     assert "--out is missing" in said
+
+
+def test_more_shards_than_files_may_be_open(cache):
+    """Systems often allow 1,024; ImageNet has 2,503 shards."""
+    wanted = CodeCache(cache, "train")
+    keys = [(0, index) for index in range(0, len(wanted), 97)]
+    assert len({wanted.shard(index // 500).ctypes.data for _, index in keys}) == 3
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+        found = CodeCache(cache, "train")
+        for key in keys:
+            assert torch.equal(found[key][0], wanted[key][0])
+        assert len(found.shards) == 1
+
+    on_ranks(1, limited)
+    with (
+        patch("numpy.load", side_effect=OSError(errno.EMFILE, "Too many open files")),
+        pytest.raises(OSError, match="T"),
+    ):
+        CodeCache(cache, "train")  # which says nothing of the file
+
+
+@pytest.mark.parametrize("how", ["cut off", "flipped"])
+def test_a_damaged_shard_is_made_again(how, cache, small_vae_file, tmp_path):
+    shutil.copytree(cache, tmp_path / "c")
+    shard, other = (tmp_path / f"c/train/shard_{n:05d}.npy" for n in (1, 2))
+    whole, kept = shard.read_bytes(), other.stat().st_mtime_ns
+    shard.write_bytes(whole[:-1] if how == "cut off" else whole[:-1] + bytes([whole[-1] ^ 1]))
+    build(flags_of(small_vae_file, tmp_path / "c"), ALONE)
+    assert shard.read_bytes() == whole
+    assert other.stat().st_mtime_ns == kept
+    assert (tmp_path / "c/manifest.json").read_bytes() == (cache / "manifest.json").read_bytes()
 
 
 def test_a_folder_of_photographs(tmp_path, small_vae_file, tiny_vae):

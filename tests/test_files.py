@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, on_ranks
+from tests.faults.harness import small_disk
 from utils.runtime.files import (
     read_array,
     read_json,
@@ -21,6 +22,7 @@ from utils.runtime.files import (
     save_tensors,
     write_json,
 )
+from utils.training.log import JsonLines
 
 # Reads that may execute what they read, or that skip the checks; writes that may leave half a file.
 DOORS = re.compile(
@@ -142,3 +144,16 @@ def test_what_killed_writers_left_is_removed_and_what_others_are_writing_is_not(
         os.utime(left, (time.time() - age,) * 2)
     remove_stale(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [".partial_new_x.txt"]
+
+
+def test_a_disk_that_is_full_names_the_file(tmp_path):
+    def full():
+        small_disk(50_000)()
+        with pytest.raises(OSError, match=r"cannot write .*/a\.npy, is the disk full\?"):
+            save_array(tmp_path / "a.npy", np.zeros(100_000))
+        log = JsonLines(tmp_path / "metrics.jsonl", 0)
+        with pytest.raises(OSError, match=r"cannot write .*/metrics\.jsonl"):
+            log.scalars({"x" * 60_000: 1.0}, 1)
+
+    on_ranks(1, full)
+    assert list(tmp_path.glob("*.npy")) == []

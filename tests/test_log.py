@@ -1,6 +1,8 @@
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from train import main
 from utils.config.training import TrainConfig
 from utils.runtime.distributed import Ranks
 from utils.runtime.flags import parse
-from utils.training.log import JsonLines, Meter, Progress, Silent, clock, make_logger
+from utils.training.log import JsonLines, Meter, Progress, Silent, WandB, clock, make_logger
 
 
 def test_means_over_steps_with_names_that_come_and_go():
@@ -67,6 +69,18 @@ def test_wandb_runs_offline_and_stores_no_key(flags, tmp_path):
     assert any(p.suffix == ".wandb" for p in files)
     assert not any(key.encode() in p.read_bytes() for p in files)
     assert json.loads((tmp_path / "run/config.json").read_text())["log"]["wandb_tags"] == "a,b"
+
+
+def test_wandb_is_told_that_a_run_failed():
+    said, logger = [], WandB.__new__(WandB)
+    logger.run = SimpleNamespace(finish=lambda exit_code: said.append(exit_code))
+    logger.close()
+    with suppress(ValueError):
+        try:
+            raise ValueError
+        finally:
+            logger.close()
+    assert said == [0, 1]
 
 
 def test_progress_reports_rate_and_remaining_time(capsys):

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, on_ranks
 from tests.faults.harness import alive
-from utils.runtime.process import STOP_SIGNALS, StopRequest, locked
+from utils.runtime.process import STOP_SIGNALS, StopRequest, allow_open_files, locked
 
 CODE = (
     "import sys, time; sys.path.insert(0, {root!r}); from pathlib import Path\n"
@@ -72,3 +72,26 @@ def test_a_loaders_worker_does_not_get_its_trainers_signals():
     time.sleep(1.2)
     assert not alive([pid])
     parent.kill()
+
+
+def test_ctrl_c_is_remembered_where_nobody_reads_what_is_said():
+    """`… 2>&1 | tee log`: the terminal's Ctrl-C ends tee, too, and first."""
+    listening = "s = StopRequest(); c = s.listening(); c.__enter__(); os.kill(os.getpid(), signal.SIGINT)"
+    reader, writer = os.pipe()
+    told = process(f"{listening}; print(s.signal)", stderr=writer)
+    os.close(reader)
+    os.close(writer)
+    assert told.communicate(timeout=60)[0] == "2\n"
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_goes():
+    import resource
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 128))
+        assert allow_open_files(100) == 100
+        assert allow_open_files(1000) == 128
+        assert allow_open_files(50) == 128
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (128, 128)
+
+    on_ranks(1, limited)

@@ -172,6 +172,23 @@ def test_gpus_are_counted(spy, tmp_path):
     assert "--nproc_per_node 2 --standalone" in " ".join(calls_of(spy)[-1])
     run("bash", "scripts/train_SAR_d16.sh", PYTHON=str(spy), PATH=path, CUDA_VISIBLE_DEVICES="")
     assert calls_of(spy)[-1][0] == "train.py"
+    for said, count in {"-1": 0, "NoDevFiles": 0, "GPU-1a,MIG-2b": 2, "0,-1,2": 1}.items():
+        code = f'source "{ROOT}/scripts/lib.sh"; count_gpus'
+        assert run("bash", "-c", code, CUDA_VISIBLE_DEVICES=said).stdout == f"{count}\n"
+
+
+def test_a_check_starts_no_launcher(spy):
+    run("bash", "scripts/train_SAR_d16.sh", "--check", PYTHON=str(spy), NPROC="2")
+    assert [call[0] for call in calls_of(spy)] == ["-c", "train.py"]
+
+
+def test_torchrun_passes_on_what_asks_to_save(tmp_path):
+    """SIGUSR1 is not among those that it knows by itself."""
+    said = tmp_path / "python"
+    said.write_text('#!/usr/bin/env bash\necho "$PET_SIGNALS_TO_HANDLE"\n')
+    said.chmod(0o755)
+    out = run("bash", "-c", f'source "{ROOT}/scripts/lib.sh"; launch x.py', PYTHON=str(said), NPROC="2").stdout
+    assert {"SIGTERM", "SIGINT", "SIGUSR1"} <= set(out.strip().split(","))
 
 
 @pytest.mark.parametrize("script", ["train_SAR_d16", "eval_VAR_d16", "train_FlowAR_B", "eval_FlowAR_S"])

@@ -99,7 +99,7 @@ def test_a_compiled_run_trains_saves_and_samples(flags, tmp_path):
 def test_sharded_training_equals_ddp(flags, tmp_path):
     """DDP's last two steps again, fully sharded over the ranks: the same weights and average, saved whole."""
     ddp, fsdp = tmp_path / "ddp", tmp_path / "fsdp"
-    common = [*flags, "--ema=0.5", "--save_every_steps=2", "--max_steps=4", "--vis_ema"]
+    common = [*flags, "--ema=0.5", "--save_every_steps=2", "--max_steps=4", "--vis_ema", "--vis_every=1"]
     tool_on_ranks(2, main, *common, f"--out_dir={ddp}")
     half = "checkpoints/step_0000002"
     shutil.copytree(ddp / half, fsdp / half)

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import shutil
 import sys
 
@@ -12,11 +13,13 @@ from models.pipeline import open_pipeline
 from models.scales import draw_schedule
 from models.weights import save_weights
 from sar_trainer import SARTrainer
-from tests.conftest import ALONE, config_of, fill, run, tool, tool_on_ranks, torchrun
+from tests.conftest import ALONE, config_of, fill, on_ranks, run, tool, tool_on_ranks, torchrun
 from train import build, main
 from trainer import Trainer
+from utils.data import sources
 from utils.data.datasets import CodeBatch, encode_batch, open_dataset
 from utils.runtime.checkpoint import newest_checkpoint
+from utils.runtime.distributed import ranks
 from utils.runtime.files import read_json, write_sealed
 from utils.training.loop import Loop
 
@@ -329,3 +332,34 @@ def test_a_run_of_before_with_one_decay_goes_on_without_a_change(flags, tmp_path
     capsys.readouterr()
     build(config_of(common, "--max_steps=2"), ALONE).fit()
     assert "--ema" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"--seed": "RANK"}, "rank 1 differs from rank 0: --seed 0 → 1"),
+        ({"--eval_images": "1"}, "--eval_every has no effect: 1 held-out images for 2 ranks"),
+        ({"--workers": "RANK"}, ""),
+        ({"data": "RANK"}, "rank 1 differs from rank 0: --images 1300 → 1299; --held_out 497 → 496"),
+    ],
+)
+def test_ranks_that_differ_are_found_before_the_first_step(changed, said, flags, tmp_path, monkeypatch):
+    """Nodes have their own copies of the data, and their own command lines."""
+
+    def train():
+        rank = os.environ["RANK"]
+        more = [f"{name}={value.replace('RANK', rank)}" for name, value in changed.items() if name.startswith("--")]
+        if "data" in changed:
+            whole = sources.digits
+            monkeypatch.setattr(sources, "digits", lambda training: whole(training)[int(rank) :])
+        with ranks() as me:
+            build(config_of(flags, TF, "--eval_every=2", *more), me).fit()
+
+    if not said:
+        on_ranks(2, train)
+        assert lines_of(tmp_path / "run")
+        return
+    with pytest.raises(AssertionError) as failed:
+        on_ranks(2, train)
+    assert said in str(failed.value)
+    assert not (tmp_path / "run/metrics.jsonl").exists()

@@ -417,6 +417,10 @@ FIXED = {
 }
 
 
+# What may differ from node to node: what of the machine is used, and where files lie, which are compared by content.
+OF_A_NODE = {"workers", "data_path", "code_cache", "vae_ckpt", "init_ckpt", "perceptual_weights"}
+
+
 def check_changes(old: dict, new: dict, directory: Path, allowed: bool) -> list[str]:
     """Lines on what a run in `directory` does otherwise than its checkpoint. Raises ValueError for what cannot change,
     unless `allowed`."""

@@ -41,10 +41,12 @@ from utils.runtime.files import (
     write_sealed,
 )
 from utils.runtime.flags import Flags, at_least, changed, only_with, parse
+from utils.runtime.process import allow_open_files
 
 MANIFEST, LABELS = "manifest.json", "labels.npy"
 BEFORE = {"augment": "crop", "encode_tf32": False}  # what caches of old do not say
 VERSION = 2
+OTHER_FILES = 512  # that a process may have open beside the shards
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class CodeCache(Dataset):
             if not path.is_file() or path.stat().st_size != shard["bytes"]:
                 raise ValueError(f"{path} is missing or damaged: build the cache again (finished shards are kept)")
         self.shards: dict[int, np.ndarray] = {}
+        # Each keeps a file open: 2,503 of ImageNet's, where many systems allow 1,024 files. Workers inherit the limit.
+        self.most = max(1, allow_open_files(len(self.files) + OTHER_FILES) - OTHER_FILES)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -130,8 +134,10 @@ class CodeCache(Dataset):
         return torch.from_numpy(codes), torch.from_numpy(labels)
 
     def shard(self, number: int) -> np.ndarray:
-        """A shard, mapped when it is first asked for."""
+        """A shard, mapped when it is first asked for; when too many are, the one mapped first is let go."""
         if number not in self.shards:
+            if len(self.shards) >= self.most:
+                del self.shards[next(iter(self.shards))]
             self.shards[number] = read_array(self.directory / self.files[number], mmap=True)
         return self.shards[number]
 
@@ -224,6 +230,18 @@ def encode_shards(
                 classes.append(labels.numpy())
                 progress.update(len(images))
             yield np.concatenate(rows), np.concatenate(classes)
+
+
+def remove_damaged(out: Path) -> None:
+    """Remove the shards of a finished cache that are not as they were written, to be made again."""
+    if not (out / MANIFEST).is_file():
+        return
+    for split, part in read_manifest(out)["splits"].items():
+        for shard in part["shards"]:
+            path = out / split / shard["file"]
+            if path.is_file() and (path.stat().st_size != shard["bytes"] or digest(path) != shard["sha256"]):
+                notice(f"{path} is not as it was written: encoding it again")
+                path.unlink()
 
 
 def config_crops(config: CacheConfig, views: ImageDataset) -> int:
@@ -323,7 +341,9 @@ def build(flags: CacheFlags, me: Ranks) -> Path:
     if me.first:
         for directory in (out, out / "train", out / "val"):
             remove_stale(directory)
+        remove_damaged(out)
         write_json(record, settings)
+    me.barrier()  # before any rank lists what is missing
     sides = ScaleSchedule(tuple(settings["sides"]))
     parts = {split_of(v): build_split(v, vae, sides, flags, me) for v in views}
     if me.first:

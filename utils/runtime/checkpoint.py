@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 
-from utils.runtime.entry import check_output_file, entry
+from utils.runtime.entry import check_output_file, entry, notice
 from utils.runtime.files import digest, flush, read_sealed, read_tensors, replacing, save_tensors, write_sealed
 from utils.runtime.flags import Parser
 from utils.runtime.process import release_freed_memory
@@ -207,11 +207,11 @@ class Checkpoints:
             self.discard(target)
             os.replace(partial, target)
             flush(self.root)
-            self.prune()
         except Exception as error:  # a full disk has another name in each library
             shutil.rmtree(partial, ignore_errors=True)
             said = f"{error}; {shutil.disk_usage(self.root.parent).free / 2**20:.0f} MiB are free there"
             raise SaveError(f"cannot save step {step} in {self.root}: {said}; earlier ones are whole") from error
+        self.prune()
 
     def prune(self) -> None:
         """Remove all but the newest `keep` and those marked to be kept."""
@@ -221,20 +221,23 @@ class Checkpoints:
             except ValueError:
                 spared = True  # nobody can say whether it was to be kept
             if not spared:
-                self.discard(old)
+                try:
+                    self.discard(old)
+                except OSError as error:  # the new one is safe: no reason to stop training
+                    notice(f"cannot remove {old}: {error}")
 
     def discard(self, path: Path) -> None:
         """Remove a checkpoint; its name goes first, so that half of one never bears it."""
         if path.exists():
             doomed = path.with_name(f".discarded_{path.name}")
-            shutil.rmtree(doomed, ignore_errors=True)
+            remove(doomed)
             os.replace(path, doomed)
-            shutil.rmtree(doomed)
+            remove(doomed)
 
     def clean(self) -> None:
         """Remove what a killed run left half written or half removed."""
         for left in (*self.root.glob(".partial_*"), *self.root.glob(".discarded_*")):
-            shutil.rmtree(left)
+            remove(left)
 
     def set_aside(self, after: int) -> None:
         """Rename the damaged checkpoints later than a step, so that nothing takes them for the newest."""
@@ -243,6 +246,14 @@ class Checkpoints:
                 aside = path.with_name(f"damaged_{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(path, aside)
+
+
+def remove(path: Path) -> None:
+    """Remove a directory, or a link to one. What cannot go now, as a network file system keeps open files, stays."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_finite(tree: Any, step: int) -> None:

@@ -80,11 +80,14 @@ def data_parallel(module: nn.Module) -> DistributedDataParallel:
     return DistributedDataParallel(module, **options)  # type: ignore[arg-type]
 
 
-def shard(model: nn.Module, units: Iterable[nn.Module], dtype: torch.dtype, methods: Sequence[str] = ()) -> None:
+def shard(
+    model: nn.Module, units: Iterable[nn.Module], dtype: torch.dtype, methods: Sequence[str] = (), trained: bool = True
+) -> None:
     """FSDP2 in place: every rank keeps its share of each unit, in fp32, and gathers a unit when it runs, in `dtype`.
 
-    Gradients are summed over the ranks in fp32. What lies in no unit is gathered in fp32. `methods` are those, beside
-    `forward`, by which the model is called.
+    Gradients are summed over the ranks in fp32. What lies in no unit is gathered in fp32, and by default stays so until
+    the backward pass: a model that is not `trained` has none. `methods` are those, beside `forward`, by which the model
+    is called.
     """
     # A second to import, for those who shard only.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -94,7 +97,7 @@ def shard(model: nn.Module, units: Iterable[nn.Module], dtype: torch.dtype, meth
         policy = replace(policy, param_dtype=dtype, reduce_dtype=torch.float32)
     for unit in units:
         fully_shard(unit, mp_policy=policy)
-    fully_shard(model)
+    fully_shard(model, reshard_after_forward=None if trained else True)
     for method in methods:
         register_fsdp_forward_method(model, method)
 

@@ -39,8 +39,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         flush(partial)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not error.filename:  # NumPy's says nothing but how many bytes were written
+            raise OSError(f"cannot write {path}, is the disk full? {error}") from error
         raise
     flush(path.parent)
 
@@ -141,7 +143,9 @@ def read_array(path: Path, mmap: bool = False) -> np.ndarray:
     """A .npy file, without executing anything in it. Raises ValueError when it is none."""
     try:
         return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except Exception as error:  # whatever a reader raises is this file's fault
+    except Exception as error:  # whatever a reader raises is this file's fault, but that no more files can be opened
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         raise ValueError(f"{path} is missing or damaged: {error}") from None
 
 

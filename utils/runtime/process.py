@@ -10,11 +10,11 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LOCK = ".lock"
-OUTLIVE = 20  # seconds
+OUTLIVE = 600  # seconds: of a step and a save, on a GPU alone a minute and more
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -43,15 +43,34 @@ class StopRequest:
         if number != signal.SIGINT or ("RANK" in os.environ and again):
             return
         if again:
-            os.write(2, b"\ninterrupted again: ended at once, unsaved\n")
+            say_now(b"\ninterrupted again: ended at once, unsaved\n")
             os._exit(128 + number)
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, b"\ninterrupted: saves at the end of this step, then stops; again to end at once\n")
+            say_now(b"\ninterrupted: saves at the end of this step, then stops; again to end at once\n")
+
+
+def say_now(line: bytes) -> None:
+    """Write a line from within a signal's handler. Ctrl-C may have ended what reads it, `tee` say, already."""
+    with suppress(OSError):
+        os.write(2, line)
 
 
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def allow_open_files(wanted: int) -> int:
+    """Raise this process's limit of open files to `wanted`, or as far as the system lets it. Returns the limit."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+    return wanted if soft == resource.RLIM_INFINITY else soft
 
 
 def die_with_parent() -> None:

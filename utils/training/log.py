@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import urlparse
@@ -45,10 +46,13 @@ class JsonLines(Silent):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         with replacing(path) as partial:
             partial.write_text("".join(line for line in lines if step_of(line) <= start), encoding="utf-8")
-        self.file = path.open("a", buffering=1, encoding="utf-8")
+        self.path, self.file = path, path.open("a", buffering=1, encoding="utf-8")
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error}") from error
 
     def close(self) -> None:
         self.file.close()
@@ -72,7 +76,8 @@ class TensorBoard(Silent):
     def __init__(self, directory: Path, start: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(directory), purge_step=start + 1 if start else None)
+        # Purged even at the start: a run may have died before it first saved.
+        self.writer = SummaryWriter(str(directory), purge_step=start + 1)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -115,7 +120,7 @@ class WandB(Silent):
         self.run.log({name: self.wandb.Image(image)}, step=step)
 
     def close(self) -> None:
-        self.run.finish()
+        self.run.finish(exit_code=int(sys.exc_info()[0] is not None))  # else a run that failed is shown as finished
 
 
 class Several(Silent):
@@ -264,7 +269,8 @@ class Progress:
     def say(self, line: str) -> None:
         """A line of its own, from the first rank."""
         if self.first:
-            tqdm.write(line, file=sys.stderr)
+            with suppress(OSError):  # nobody reads it any more: no reason to end a run
+                tqdm.write(line, file=sys.stderr)
 
     def close(self) -> None:
         self.bar.close()

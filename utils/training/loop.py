@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from models.sampling import evaluating
+from utils.config.training import OF_A_NODE, changes
 from utils.data.datasets import Examples, StepSampler, batches_of, linspace_indices, make_loader
 from utils.reporting.pictures import save_picture
 from utils.runtime.distributed import Ranks, check_launch, ranks
-from utils.runtime.files import remove_stale, write_json
+from utils.runtime.files import as_json, remove_stale, write_json
 from utils.runtime.numerics import derive_seed
 from utils.runtime.process import StopRequest, locked
 from utils.runtime.provenance import record_start
@@ -76,6 +77,8 @@ class Loop(TrainingState, ABC):
         if self.sharded:
             held_out -= held_out % ranks.world  # equally many batches on every rank
         self.validation_images = held_out if held_out >= ranks.world else 0  # every rank must have its share
+        if config.watch.eval_every and held_out and not self.validation_images:
+            raise ValueError(f"--eval_every has no effect: {held_out} held-out images for {ranks.world} ranks")
         self.saved_at = time.monotonic()
 
     # ------------------------------------------------------------------------------- what a run defines
@@ -113,6 +116,7 @@ class Loop(TrainingState, ABC):
 
         Raises BadImage, FloatingPointError, SaveError; SystemExit when it was asked to stop.
         """
+        self.check_ranks()
         progress = Progress(self.config.run.name, self.stop_step, self.step, self.ranks)
         owed = self.owed_reports()
         if self.step >= self.stop_step and not any(owed):
@@ -281,6 +285,16 @@ class Loop(TrainingState, ABC):
         """See `TrainingState.invariants`."""
         names = hashlib.sha256("\n".join(self.train_set.classes).encode()).hexdigest()
         return {"images": len(self.train_set), "class_names_sha256": names, **self.train_set.record}
+
+    def check_ranks(self) -> None:
+        """Raises ValueError where ranks have other data or flags, as nodes may that each have their own."""
+        held_out = len(self.val_set) if self.val_set is not None else 0
+        mine = {**asdict(self.config), "invariants": {**self.invariants(), "held_out": held_out}}
+        first, *others = self.ranks.all_gather_object(as_json(mine))
+        for rank, other in enumerate(others, start=1):
+            found = {name: line for name, line in changes(first, other).items() if name not in OF_A_NODE}
+            if found:
+                raise ValueError(f"rank {rank} differs from rank 0: {'; '.join(found.values())}")
 
     def config_record(self) -> dict[str, object]:
         """Content of DIRECTORY/config.json."""
