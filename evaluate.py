@@ -8,30 +8,34 @@ from __future__ import annotations
 import utils.runtime.threads  # noqa: F401  # isort: skip
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from models.pipeline import SARPipeline, open_pipeline
+from models.flexvar import FlexVARConfig
+from models.pipeline import SARPipeline, is_pipeline, open_pipeline
 from models.sampling import sample_codes
 from models.tokenizer import exact_convolutions, to_bytes
 from models.weights import digest_of, find_weights
 from utils.config.sampling import SOME_READ, EvalConfig
 from utils.evaluations.c2i.features import Extractor, make_extractor
-from utils.evaluations.c2i.images import Resized, describe_images, open_images, write_npz
+from utils.evaluations.c2i.images import ImageSource, Resized, describe_images, fingerprint, open_images, write_npz
+from utils.evaluations.c2i.metrics import check_count
 from utils.evaluations.c2i.reconstruction import evaluate_reconstructions
 from utils.evaluations.c2i.reference import NAMED, Reference, batch_file, load_reference, save_reference
 from utils.evaluations.c2i.report import compare, score, write_report, write_sweep
 from utils.evaluations.c2i.store import FeatureStore, chunk_size
 from utils.runtime.distributed import Ranks, ranks
 from utils.runtime.entry import check_output_directory, check_output_file, entry, notice, refuse_inside
-from utils.runtime.files import read_json, save_array, write_json
+from utils.runtime.files import digest, read_json, save_array, write_json
 from utils.runtime.flags import parse
 from utils.runtime.numerics import Precision, derive_seed
 from utils.runtime.process import cores
@@ -129,9 +133,8 @@ def evaluate_samples(
         **({"compiled": True} if config.compile else {}),  # which rounds in other places
         "saved": [name for name in ("npz", "png") if getattr(config, f"save_{name}")],
     }
-    store = FeatureStore(
-        directory / "features", len(source), chunk_size(config, me), {**described, "features": extractor.name}, me
-    )
+    features = {"features": extractor.name, **named_weights(config, extractor)}
+    store = FeatureStore(directory / "features", len(source), chunk_size(config, me), {**described, **features}, me)
     began = time.perf_counter()
     made = store.fill(source, extractor, "sampling", save_images(config, directory))
     seconds = time.perf_counter() - began
@@ -139,21 +142,31 @@ def evaluate_samples(
         return {}
     if config.save_npz:
         write_npz(sorted((directory / "arrays").glob("[0-9]*.npy")), directory / "samples.npz")
-    speed = made / seconds  # with features and decoding
-    if not made:  # all of it was there: the speed was measured when it was made
-        record = directory / "report.json"
-        speed = read_json(record).get("images_per_second", 0.0) if record.is_file() else 0.0
-    return {**score(store, extractor, reference, config), "images_per_second": speed, "settings": described}
+    record = directory / "report.json"
+    # With features and decoding. Where all of it was there, the speed was measured when it was made.
+    speed = made / seconds if made else read_json(record).get("images_per_second") if record.is_file() else None
+    known = {} if speed is None else {"images_per_second": speed}
+    return {**score(store, extractor, reference, config), **known, "settings": described}
 
 
-def evaluate_files(
-    config: EvalConfig, extractor: Extractor, reference: Reference | None, me: Ranks, directory: Path
-) -> dict[str, object]:
-    """Samples that are there: an npz or a folder."""
+def open_samples(config: EvalConfig) -> ImageSource:
+    """Samples that are there. Raises ValueError when they are fewer than --expect."""
     source = open_images(config.samples, config.image_size, config.seed)
     if len(source) < config.expect:
         raise ValueError(f"{config.samples} holds {len(source)} images, fewer than --expect {config.expect}")
-    described = describe_images(config.samples, config, extractor)
+    return source
+
+
+def evaluate_files(
+    config: EvalConfig,
+    source: ImageSource,
+    extractor: Extractor,
+    reference: Reference | None,
+    me: Ranks,
+    directory: Path,
+) -> dict[str, Any]:
+    """Samples that are there: an npz or a folder."""
+    described = {**describe_images(config.samples, config, extractor), **named_weights(config, extractor)}
     store = FeatureStore(directory / "features", len(source), chunk_size(config, me), described, me)
     store.fill(source, extractor, "samples")
     if not me.first:
@@ -162,6 +175,11 @@ def evaluate_files(
         save_reference(Reference.of_store(store), extractor.name, Path(config.make_reference))
         return {"samples": len(source), "settings": described}
     return {**score(store, extractor, reference, config), "settings": described}
+
+
+def named_weights(config: EvalConfig, extractor: Extractor) -> dict[str, str]:
+    """Digest of a feature network whose weights the user named: features depend on it."""
+    return {"inception_sha256": digest_of(extractor)} if config.inception_weights else {}
 
 
 def open_model(config: EvalConfig, decay: float | None, me: Ranks) -> SARPipeline:
@@ -179,7 +197,7 @@ def digests_of(pipeline: SARPipeline) -> dict[str, str]:
 
 def prepare(config: EvalConfig, me: Ranks) -> SARPipeline | None:
     """Checks all that is cheap before anything is fetched or computed, and opens the model that is to be sampled."""
-    directory, tokenizer = Path(config.out_dir), config.vae_ckpt or "pretrained/FlexVAE.pth"
+    directory, tokenizer = Path(config.out_dir), config.vae_ckpt or FlexVARConfig.released_tokenizer
     config.check_sources()
     refuse_inside(directory, "--out_dir", config.samples, config.reconstruct, config.reference)
     pipeline = None
@@ -195,46 +213,97 @@ def prepare(config: EvalConfig, me: Ranks) -> SARPipeline | None:
         if greedy := pipeline.greedy_sides(source.draw):
             notice(greedy)
     check_output_directory(directory, "--out_dir")
+    if (directory / "checkpoints").is_dir() or is_pipeline(directory):
+        what = "a run's directory" if (directory / "checkpoints").is_dir() else "a pipeline"
+        raise ValueError(
+            f"--out_dir {directory} is {what}, whose config.json an evaluation would replace: name another"
+        )
     if config.make_reference:
         check_output_file(config.make_reference, "--make_reference")
-    if me.first:
-        write_json(directory / "config.json", asdict(config))
     return pipeline
 
 
-def run(config: EvalConfig, me: Ranks) -> None:
-    directory, pipeline, view = Path(config.out_dir), prepare(config, me), None
+def shared_extractor(config: EvalConfig, me: Ranks) -> Extractor:
+    """The network that --features names. The first rank fetches its weights, where they are missing, for all."""
+    if not me.first:
+        me.barrier()
     extractor = make_extractor(config.features, config.inception_weights, me.device)
-    common = {"features": extractor.name, "versions": versions(me)}
-    if config.reconstruct:
-        report = {**evaluate_reconstructions(config, extractor, me, directory), **common}
-        return write_report(report, directory) if me.first else None
+    if me.first:
+        me.barrier()
+    return extractor
+
+
+def open_reference(
+    config: EvalConfig, pipeline: SARPipeline | None, source: ImageSource, extractor: Extractor, me: Ranks
+) -> tuple[str, Reference | None, dict[str, object]]:
+    """The real images that samples are compared with: their name, they (on the first rank), and how it is done.
+
+    Args:
+        source: the samples, of the pipeline or given.
+    """
     default = "imagenet256" if config.features == "inception" and not config.make_reference else "none"
-    named = config.reference or default
-    common["reference"] = str(batch_file(named)) if named in NAMED else named
-    if pipeline is not None and config.eval_scale:
-        view = partial(Resized, side=pipeline.vae.pixels(config.eval_scale, pipeline.schedule))
-    reference = None
-    if not config.make_reference:
-        reference = load_reference(config, extractor, chunk_size(config, me), me, directory / "reference", view)
-    if config.samples:
-        report = {**evaluate_files(config, extractor, reference, me, directory), **common}
-        return write_report(report, directory) if me.first else None
-    rows, points = [], list(product(config.averages(), config.settings()))
-    opened, digests = config.averages()[0], digests_of(pipeline)
+    named, view = config.reference or default, None
+    path = batch_file(named) if named in NAMED else Path(named)
+    settings: dict[str, object] = {"split_size": config.split_size}
+    if named == "none":
+        return named, None, settings
+    check_count(len(source), "the samples")
+    if pipeline is None:
+        size = source.batch(range(1)).shape[-1]
+    else:
+        size = pipeline.vae.pixels(pipeline.schedule.sides[-1], pipeline.schedule)
+        shown = pipeline.vae.pixels(config.eval_scale, pipeline.schedule) if config.eval_scale else size
+        view = partial(Resized, side=shown) if shown != size else None
+    if not config.reference and size != 256:
+        raise ValueError(
+            f"the samples are {size} pixels wide, and the reference batch of ImageNet, which is the default, 256: "
+            "name --reference"
+        )
+    reference = load_reference(config, extractor, chunk_size(config, me), me, Path(config.out_dir) / "reference", view)
+    sha256 = (digest(path) if path.is_file() else fingerprint(path)) if me.first else ""
+    crop = {"reference_image_size": config.image_size} if config.image_size else {}
+    return str(path), reference, {**settings, "reference_sha256": sha256, **crop, "pr_fp16": config.pr_fp16}
+
+
+def evaluate_model(
+    config: EvalConfig, pipeline: SARPipeline, extractor: Extractor, reference: Reference | None, me: Ranks
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Samples at every point of the sweep, or at the one setting, judged: where, and the report (on the first rank)."""
+    points = list(product(config.averages(), config.settings()))
+    opened, digests, directory = config.averages()[0], digests_of(pipeline), Path(config.out_dir)
     for decay, setting in points:
         if decay != opened:
             pipeline, opened = open_model(config, decay, me), decay
             digests = digests_of(pipeline)
         name = "cfg{:g}_k{}_p{:g}".format(*setting) + (f"_ema{decay:g}" if config.sweep_ema else "")
         place = directory / name if len(points) > 1 else directory
-        report = evaluate_samples(config, setting, decay, pipeline, extractor, reference, me, place, digests)
+        yield place, evaluate_samples(config, setting, decay, pipeline, extractor, reference, me, place, digests)
+
+
+def run(config: EvalConfig, me: Ranks) -> None:
+    directory, pipeline = Path(config.out_dir), prepare(config, me)
+    extractor = shared_extractor(config, me)
+    common: dict[str, Any] = {"features": extractor.name, "versions": versions(me)}
+    settings: dict[str, object] = {}
+    found: Iterable[tuple[Path, dict[str, Any]]]
+    if config.reconstruct:
+        found = [(directory, evaluate_reconstructions(config, extractor, me, directory))]
+    else:
+        source = Generated(pipeline, config, *config.settings()[0]) if pipeline else open_samples(config)
+        common["reference"], reference, settings = open_reference(config, pipeline, source, extractor, me)
+        if pipeline is not None:
+            found = evaluate_model(config, pipeline, extractor, reference, me)
+        else:
+            found = [(directory, evaluate_files(config, source, extractor, reference, me, directory))]
+    rows = []
+    for place, report in found:  # as they come: a sweep that is killed leaves what it has
         if me.first:
-            rows.append({**report, **common})
+            rows.append({**report, "settings": {**report["settings"], **settings}, **common})
             write_report(rows[-1], place)
-    if me.first and len(rows) > 1:
+    if len(rows) > 1:
         write_sweep(rows, directory)
-    return None
+    if me.first:
+        write_json(directory / "config.json", asdict(config))
 
 
 @entry
@@ -242,7 +311,7 @@ def main() -> None:
     config = parse(EvalConfig, description=__doc__)
     if config.compare:
         return print(compare(config.compare))
-    with ranks() as me:
+    with ranks(timedelta(hours=12)) as me:  # while the first one fetches gigabytes, or computes numbers, others wait
         if me.device.type == "cpu":
             # Convolutions differ in the last digits with the number of threads: the same one, however many ranks.
             torch.set_num_threads(cores())

@@ -191,6 +191,7 @@ def build(config: TokenizerTrainConfig, me: Ranks) -> TokenizerTrainer:
     torch.manual_seed(derive_seed("init", config.run.seed))
     vae = TOKENIZERS[wanted.quantiser].from_flags(wanted).build()
     vae.equivariant = config.loss.equivariant
+    vae.freeze_unused(wanted.scales)
     vae.to(memory_format=torch.channels_last)  # which convolutions are faster in
     if wanted.init_ckpt and not checkpoints(config.run.directory):  # a run that goes on reads its own
         load_strictly(vae, dict(vae.config.adapted(read_state_dict(wanted.init_ckpt))), wanted.init_ckpt)

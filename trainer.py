@@ -84,6 +84,10 @@ class Trainer(Loop):
             "tokenizer_sha256": self.tokenizer,
         }
 
+    def beside_weights(self) -> dict[str, object]:
+        options = self.model.config.tokenizer_options(self.config.model)
+        return {name: value for name, value in options.items() if value}
+
     def config_record(self) -> dict[str, object]:
         return {
             **super().config_record(),

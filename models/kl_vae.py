@@ -22,7 +22,8 @@ from models.tokenizer import KnownCodes, Quantised, Tokenizer, area, exact_convo
 from models.vqvae import AttnBlock, VQVAEConfig
 
 NO_VARIANCE = -60.0  # a log-variance whose noise is nothing, in half precision, too
-# What 1/std of the latents of published files is, by (channels, levels, attention in the decoder's levels).
+# What 1/std of the latents of published files is, by (channels, levels, attention in the decoder's levels). A file of
+# such sizes and other weights is taken for one of those: its own is named by --latent_scaling.
 SCALINGS = {(16, 5, False): 0.2325, (4, 4, False): 0.18215}
 UNKNOWN = -1.0  # scaling of an autoencoder whose sizes are published ones, and whose weights are not
 

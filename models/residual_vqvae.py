@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.autoencoder import Decoder, Encoder, network_sizes
-from models.residual_pathway import PHIS, KnownResiduals, ResidualPathway, ResidualQuantizer, as_vectors
+from models.residual_pathway import PHIS, KnownResiduals, ResidualPathway, ResidualQuantizer, as_vectors, phi_of
 from models.scales import ScaleSchedule
 from models.tokenizer import Quantised, Tokenizer, area
 from models.vqvae import VQVAEConfig, count, norm
@@ -102,6 +102,11 @@ class ResidualVQVAE(Tokenizer):
     @property
     def pathway(self) -> ResidualPathway:
         return ResidualPathway(self.quantize)
+
+    def freeze_unused(self, schedule: ScaleSchedule) -> None:
+        used = {phi_of(i, len(schedule)) for i in range(len(schedule))}
+        for number, phi in self.quantize.quant_resi["qresi_ls"].named_children():
+            phi.requires_grad_(int(number) in used)
 
     def codes_of_images(self, images: Tensor, sides: Sequence[int], supervision: str) -> dict[int, Tensor]:
         known, codes = self.known_of_images(images, ScaleSchedule(tuple(sides)), supervision), {}

@@ -57,6 +57,9 @@ class Tokenizer(nn.Module):
 
         return super()._apply(laid_out, recurse)
 
+    def freeze_unused(self, schedule: ScaleSchedule) -> None:
+        """Ask no gradient of parameters that training on a schedule never uses: DDP would wait for it."""
+
     def compile_parts(self) -> None:
         """Compile the decoder; another size of its input compiles it anew."""
         self.decoder.compile()

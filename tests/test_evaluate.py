@@ -1,10 +1,12 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -20,7 +22,7 @@ from models.weights import save_weights
 from tests.conftest import ALONE, ROOT, config_of, run, tool, tool_on_ranks
 from train import build
 from utils.config.sampling import EvalConfig
-from utils.evaluations.c2i.images import FolderImages, NpzImages, Resized, open_images, write_npz
+from utils.evaluations.c2i.images import FolderImages, NpzImages, Resized, fingerprint, open_images, write_npz
 from utils.evaluations.c2i.report import write_sweep
 from utils.runtime.flags import parse
 
@@ -139,7 +141,7 @@ def test_sweep_and_intermediate_scale(saved, real, tmp_path):
     assert {row["samples"] for row in rows} == {10}
     assert (tmp_path / "sweep.md").read_text().count("\n|") == 3
     assert (tmp_path / "sweep.png").stat().st_size > 1000
-    assert json.loads((tmp_path / "reference/settings.json").read_text())["side"] == 32
+    assert json.loads((tmp_path / "reference/settings.json").read_text())["shape"] == [32, 32]
 
 
 def test_a_sweep_over_moving_averages_and_guidance(small_vae_file, real, tmp_path):
@@ -391,3 +393,112 @@ def test_image_sources(tmp_path):
     with pytest.raises(ValueError, match="differ in size: give --image_size"):
         FolderImages(tmp_path).batch(range(2))
     assert FolderImages(tmp_path, 8).batch(range(2)).shape == (2, 3, 8, 8)
+
+
+def test_a_runs_directory_is_not_written_over(saved, real, tmp_path):
+    shutil.copytree(saved, tmp_path / "pipeline")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    for name, what in (("pipeline", "a pipeline"), ("run", "a run's directory")):
+        before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / name).rglob("*"))
+        status, said = judge(*flags(saved, real, tmp_path / name), check=False)
+        assert status == 1
+        assert f"--out_dir {tmp_path / name} is {what}, whose config.json" in said
+        assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / name).rglob("*")) == before
+
+
+def test_a_refused_evaluation_leaves_the_flags_of_the_one_that_is_there(alone, saved, real, tmp_path):
+    shutil.copytree(alone, tmp_path / "there")
+    before = (tmp_path / "there/config.json").read_bytes()
+    status, said = judge(
+        *flags(saved, real, tmp_path / "there", "--cfg=3", "--save_npz=true", "--save_png=true"), check=False
+    )
+    assert status == 1
+    assert "other settings (cfg)" in said
+    assert (tmp_path / "there/config.json").read_bytes() == before
+    status, said = judge(
+        *flags(saved, real, tmp_path / "there", "--compile", "--save_npz=true", "--save_png=true"), check=False
+    )
+    assert "other settings (compiled)" in said
+
+
+def test_a_reference_of_another_crop_is_another_one(real, tmp_path):
+    """Pictures of 20 × 40 pixels, whole or cropped, are equally wide."""
+    rng = np.random.default_rng(0)
+    for folder in ("samples", "reference"):
+        (tmp_path / folder).mkdir()
+        for i in range(4):
+            Image.fromarray(rng.integers(0, 255, (40, 20, 3), dtype=np.uint8)).save(tmp_path / folder / f"{i}.png")
+    command = ["evaluate.py", f"--features={NAME}", "--out_dir", tmp_path / "e", "--reference", tmp_path / "reference"]
+    judge(*command, "--samples", tmp_path / "samples")
+    shutil.rmtree(tmp_path / "e/features")
+    status, said = judge(*command, "--samples", tmp_path / "samples", "--image_size=20", check=False)
+    assert status == 1
+    assert "other settings (image_size, shape)" in said
+
+
+def test_the_default_reference_is_of_one_size(saved, tmp_path, monkeypatch):
+    """At another one, "FID" would be a comparison with pictures of half the size."""
+    monkeypatch.setattr("evaluate.make_extractor", lambda *_: SimpleNamespace(name="inception"))
+    status, said = judge("evaluate.py", "--ckpt", saved, "--num_samples=2", "--out_dir", tmp_path, check=False)
+    assert status == 1
+    assert "the samples are 64 pixels wide, and the reference batch of ImageNet, which is the default, 256" in said
+
+
+def test_at_the_scale_of_full_size_a_file_of_statistics_is_taken_as_it_is(alone, saved, real, tmp_path):
+    made = tmp_path / "reference.npz"
+    judge("evaluate.py", f"--features={NAME}", "--out_dir", tmp_path / "m", "--samples", real, "--make_reference", made)
+    judge(*flags(saved, made, tmp_path / "e", "--eval_scale=4"))
+    assert numbers(report_of(tmp_path / "e")) == pytest.approx(numbers(report_of(alone)), rel=1e-5, abs=1e-6)
+
+
+def test_the_report_holds_what_its_numbers_depend_on(alone, saved, real, tmp_path):
+    settings = report_of(alone)["settings"]
+    assert settings["split_size"] == 5000
+    assert settings["pr_fp16"] is True
+    assert settings["reference_sha256"] == fingerprint(real)
+    shutil.copytree(alone, tmp_path / "a")
+    judge(*flags(saved, real, tmp_path / "a", "--split_size=7", "--save_npz=true", "--save_png=true"))
+    text = tool(main, "--compare", alone, tmp_path / "a", check=True)[1]
+    assert "| split_size | 5000 | 7 |" in text
+    assert "different split_size" in text
+    shutil.copytree(real, tmp_path / "moved" / real.name)
+    judge(*flags(saved, tmp_path / "moved" / real.name, tmp_path / "b"))
+    assert "**Warning**: these" not in tool(main, "--compare", alone, tmp_path / "b", check=True)[1]
+
+
+def test_too_few_images_are_refused_before_the_work(saved, real, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluate.FeatureStore", None)
+    few = ["--num_samples=1", "--num_classes_eval=3"]
+    status, said = judge(*flags(saved, real, tmp_path / "e", *few), check=False)
+    assert status == 1
+    assert "the samples: to be compared, there must be at least 4 images, not 3" in said
+
+
+def test_one_picture_is_reconstructed_without_distances(small_vae_file, tmp_path):
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (16, 16), (10, 200, 30)).save(tmp_path / "one/a.png")
+    command = ["evaluate.py", f"--features={NAME}", f"--vae_ckpt={small_vae_file}", "--out_dir", tmp_path / "e"]
+    judge(*command, "--reconstruct", tmp_path / "one", "--pn=1_2_4")
+    report = report_of(tmp_path / "e")
+    assert report["psnr"] > 0
+    assert not [name for name in report if "frechet" in name or name == "precision"]
+    assert report["warning"].startswith("1 images are too few for distances")
+
+
+def test_a_finished_evaluation_knows_its_speed_or_says_none(alone, saved, real, tmp_path):
+    more = ["--save_npz=true", "--save_png=true"]
+    shutil.copytree(alone, tmp_path / "e")
+    judge(*flags(saved, real, tmp_path / "e", *more))
+    assert report_of(tmp_path / "e")["images_per_second"] == report_of(alone)["images_per_second"]
+    (tmp_path / "e/report.json").unlink()
+    judge(*flags(saved, real, tmp_path / "e", *more))
+    assert "images_per_second" not in report_of(tmp_path / "e")
+
+
+def test_a_sweep_of_what_nothing_reads_is_refused(capsys):
+    parse(EvalConfig, ["--sweep_top_k=1,9", "--sweep_top_p=0.9,0.96"])
+    with pytest.raises(SystemExit):
+        parse(EvalConfig, ["--top_k=1", "--sweep_top_p=0.9,0.96"])
+    assert "--sweep_top_p has no effect without another --top_k than 1" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="sweep_top_p"):
+        parse(EvalConfig, ["--sweep_top_p=0.9,0.96"]).check_model("FlowAR", ("flow_steps",))

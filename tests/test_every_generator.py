@@ -18,11 +18,13 @@ from models.scales import ScaleSchedule
 from models.weights import load_tokenizer
 from sar_trainer import SARTrainer
 from tests import recipes
-from tests.conftest import ALONE, config_of, train_on_two_ranks, worst
+from tests.conftest import ALONE, config_of, tool, train_on_two_ranks, worst
 from tests.test_trainer import assert_same, lines_of, weights_of
 from train import build
 from trainer import Trainer
 from utils.data import code_cache
+from utils.runtime.checkpoint import main as export
+from utils.runtime.checkpoint import newest_checkpoint, read_manifest
 from utils.runtime.files import read_json
 
 DRAWN = ["--sf_top_k=0"]
@@ -90,6 +92,15 @@ def two_ranks(files, tmp_path_factory) -> Path:
 def test_sharded_ranks_accumulate_gradients_as_others_do(two_ranks):
     found, wanted = (weights_of(two_ranks / f"flexvar accumulated{name}") for name in (" sharded", ""))
     assert_same(found, wanted, 2e-5)
+
+
+def test_a_checkpoint_says_what_a_weight_file_would_not_hold(two_ranks):
+    kinds = {"flexvar": {}, "flowar": {"scaling": 0.8}, "flowar pixels": {"through_pixels": True}}
+    for kind, wanted in kinds.items():
+        found = read_manifest(newest_checkpoint(two_ranks / kind))["beside_weights"]
+        assert found.items() >= wanted.items()
+        status, _, said = tool(export, "export", two_ranks / kind, two_ranks / f"{kind}.safetensors")
+        assert status == bool(wanted), said
 
 
 def test_sharded_ranks_gather_half_precision_and_train_alike(two_ranks):

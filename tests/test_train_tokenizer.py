@@ -215,6 +215,12 @@ def test_the_check_looks_at_files_and_networks(tmp_path):
 RESIDUAL = ["--quantiser=residual", *(f for f in SMALL if not f.startswith("--z_channels"))]
 
 
+def test_a_residual_tokenizer_of_few_scales_trains_on_two_ranks(tmp_path):
+    """They use three of the four φ: DDP waits for the gradient of each that asks for one."""
+    tool_on_ranks(2, main, *RESIDUAL, "--max_steps=3", f"--out_dir={tmp_path}")
+    assert len(checkpoints(tmp_path)) == 1
+
+
 def test_a_residual_tokenizer_learns_all_its_scales(tmp_path):
     """With VAR's loss: see tests/test_parity.py for its value and gradients."""
     config = parse(TokenizerTrainConfig, [*RESIDUAL, "--max_steps=40", "--usage_every=10", f"--out_dir={tmp_path}"])

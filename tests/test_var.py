@@ -402,6 +402,14 @@ def test_its_tokenizer_is_judged_by_what_each_scale_adds(small_residual_file, re
     assert [(row["side"], row["pixels"]) for row in rows] == [(1, 16), (2, 16), (4, 16)]
 
 
+def test_its_tokenizer_is_judged_by_a_schedule_that_somebody_has(small_residual_file, real, tmp_path):
+    """Of 32 pixels no schedule is known, and what the codes are depends on it."""
+    command = ["--reconstruct", real, "--image_size=32", "--features=efficientnet_lite0", "--out_dir", tmp_path / "r"]
+    status, _, said = tool(evaluate, *command, "--vae_ckpt", small_residual_file)
+    assert status == 1
+    assert "this tokenizer's codes depend on all sides, and these images end at 8: name --pn" in said
+
+
 def test_it_is_evaluated_at_any_scale_in_full_size(run_of_var, real, tmp_path):
     command = ["--ckpt", run_of_var, "--features=efficientnet_lite0", "--num_samples=1", "--num_classes_eval=8"]
     command += ["--reference", real, "--image_size=16", "--eval_scale=2", "--out_dir", tmp_path / "e"]

@@ -206,10 +206,16 @@ class EvalConfig(DrawConfig):
         only_with(self, has_reference, "--reference", ["reference_sha256", "pr_fp16"])
         for name in ("cfg", "top_k", "top_p"):
             without(self, bool(getattr(self, f"sweep_{name}")), f"--sweep_{name}", [name])
+        drawn = self.top_k != 1 or bool(self.sweep_top_k)
+        only_with(self, drawn, "another --top_k than 1, the greedy one", ["sweep_top_p"])
         without(self, bool(self.sweep_ema), "--sweep_ema", ["use_ema", "ema_decay"])
         only_with(self, self.guidance != "none", "guidance: leave --guidance none out", ["sweep_cfg"])
         self.averages()
         self.settings()  # all points of a sweep, before the first is drawn
+
+    def check_model(self, name: str, reads: Sequence[str]) -> None:
+        super().check_model(name, reads)
+        without(self, True, f"a {name}", [f"sweep_{flag}" for flag in ("top_k", "top_p") if flag not in reads])
 
     def check_sources(self) -> None:
         """Raises ValueError for paths that are not there, and for --image_size where no folder is read. Nothing is

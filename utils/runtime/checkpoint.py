@@ -305,12 +305,11 @@ def named_average(manifest: Mapping[str, Any], named: str) -> str:
 
 def check_export(manifest: Mapping[str, Any], directory: Path) -> None:
     """Raises ValueError when weights alone would not draw what the run does."""
-    model = manifest["config"].get("model", {})
-    lost = [f"--{name} {model[name]}" for name in ("latent_scaling", "latent_patch") if model.get(name)]
-    lost += ["--supervision image_pixels"] if model.get("supervision") == "image_pixels" else []
+    lost = manifest.get("beside_weights", {})
     if lost:
+        named = ", ".join(f"{name} {value}" for name, value in lost.items())
         raise ValueError(
-            f"a weight file does not hold {', '.join(lost)}, which sampling needs: "
+            f"a weight file does not hold {named}, which sampling needs: "
             f"python -m models.pipeline --ckpt {directory} --out DIR writes all of it"
         )
 

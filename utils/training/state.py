@@ -79,6 +79,10 @@ class TrainingState:
         """Facts, beside its flags, that a run depends on and cannot change."""
         return {}
 
+    def beside_weights(self) -> dict[str, object]:
+        """Settings by name that sampling needs, and that a file of the weights does not hold."""
+        return {}
+
     @property
     def saved(self) -> dict[str, nn.Module]:
         """File name → module, of what a checkpoint holds."""
@@ -102,6 +106,7 @@ class TrainingState:
             about = {
                 "config": as_json(asdict(self.config)),
                 "invariants": self.invariants(),
+                "beside_weights": as_json(self.beside_weights()),
                 "micro_batch": self.micro_batch,
             }
             self.checkpoints.submit(state, weights, about, kept)

@@ -95,7 +95,7 @@ class Pictures(ABC):
             raise ValueError(f"{named} holds no images")
         order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
         self.files = [names[i] for i in order]
-        self.named, self.size = named, size
+        self.named, self.size, self.pool = named, size, ThreadPoolExecutor(8)  # whose threads decode at once
         if not size:
             self.check_sizes(names)
 
@@ -110,21 +110,24 @@ class Pictures(ABC):
     def check_sizes(self, names: Sequence) -> None:
         """Raises ValueError unless all images are of one size: all, so that no batch size changes the verdict."""
         (width, height), first = self.size_of(names[0]), names[0]
-        with ThreadPoolExecutor(8) as pool:
-            for name, size in zip(names, pool.map(self.size_of, names), strict=True):
-                if size != (width, height):
-                    different = f"{first} is {width}×{height}, {name} {size[0]}×{size[1]}"
-                    raise ValueError(
-                        f"the images in {self.named} differ in size: give --image_size to crop them ({different})"
-                    )
+        for name, size in zip(names, self.pool.map(self.size_of, names), strict=True):
+            if size != (width, height):
+                different = f"{first} is {width}×{height}, {name} {size[0]}×{size[1]}"
+                raise ValueError(
+                    f"the images in {self.named} differ in size: give --image_size to crop them ({different})"
+                )
 
     def __len__(self) -> int:
         return len(self.files)
 
     def batch(self, indices: range) -> Tensor:
-        images = [self.read(self.files[i]) for i in indices]
-        images = [adm_crop(image, self.size, None) if self.size else image for image in images]
-        return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+        arrays = self.pool.map(self.pixels, (self.files[i] for i in indices))
+        return torch.from_numpy(np.stack(list(arrays))).permute(0, 3, 1, 2).contiguous()
+
+    def pixels(self, name: Any) -> np.ndarray:
+        """A picture (H, W, 3), cropped."""
+        image = self.read(name)
+        return np.array(adm_crop(image, self.size, None) if self.size else image)
 
 
 class FolderImages(Pictures):

@@ -53,6 +53,12 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     return (shift + a.covariance.trace() + b.covariance.trace() - 2 * cross).item()
 
 
+def check_count(images: int, named: str) -> None:
+    """Raises ValueError where precision and recall would find too few images, before any is computed on."""
+    if images <= NEIGHBOURS:
+        raise ValueError(f"{named}: to be compared, there must be at least {NEIGHBOURS + 1} images, not {images}")
+
+
 def inception_score(probabilities: Iterable[Tensor], split_size: int = 5000) -> float:
     """exp(mean KL(p(y|x) ‖ p(y))) of each run of `split_size` samples, then the mean over the runs.
 

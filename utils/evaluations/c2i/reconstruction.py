@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.flexvar import FlexVARConfig
 from models.run_record import find_run
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 from models.tokenizer import Tokenizer, exact_convolutions, to_bytes
@@ -21,7 +22,7 @@ from utils.config.sampling import EvalConfig
 from utils.data.datasets import linspace_indices
 from utils.evaluations.c2i.features import Extractor
 from utils.evaluations.c2i.images import ImageSource, describe_images, open_images
-from utils.evaluations.c2i.metrics import WINDOW, psnr, ssim
+from utils.evaluations.c2i.metrics import NEIGHBOURS, WINDOW, psnr, ssim
 from utils.evaluations.c2i.reference import Reference
 from utils.evaluations.c2i.report import score
 from utils.evaluations.c2i.store import FeatureStore, chunk_size
@@ -40,20 +41,22 @@ class Reconstructed:
     def __init__(self, source: ImageSource, vae: Tokenizer, sides: tuple[int, ...], directory: Path):
         self.source, self.vae, self.sides, self.directory = source, vae, sides, directory
         self.schedule = ScaleSchedule(sides)
-        self.waiting: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # first image → what `keep` will write
+        self.waiting: dict[int, tuple[Tensor, list[Tensor], list[Tensor]]] = {}  # first image → what `keep` needs
 
     def __len__(self) -> int:
         return len(self.source)
 
     def batch(self, indices: range) -> Tensor:
-        self.waiting[indices.start] = found = self.at_every_side(self.source.batch(indices))
-        return found[1][-1]
+        originals = self.source.batch(indices)
+        codes, made = self.at_every_side(originals)
+        self.waiting[indices.start] = originals, codes, made
+        return made[-1]
 
     def keep(self, indices: range, images: Tensor) -> None:
         """Write the quality (S, 3, n) and the codes (n, sum of s²) of a batch, while the device is at the next ones."""
-        codes, made = self.waiting.pop(indices.start)
+        originals, codes, made = self.waiting.pop(indices.start)
         device = self.vae.device
-        originals = self.source.batch(indices).to(device)
+        originals = originals.to(device)
         quality = torch.stack([self.quality(images.to(device), originals) for images in made])
         save_array(self.directory / f"quality_{indices.start:06d}.npy", quality.cpu().numpy())
         save_array(self.directory / f"codes_{indices.start:06d}.npy", torch.cat(codes, 1).to(torch.int32).numpy())
@@ -82,21 +85,24 @@ class Reconstructed:
         return torch.stack([psnr(targets, images), similar, psnr(originals, enlarged)])
 
 
-def sides_of(config: EvalConfig, path: str, finest: int) -> tuple[int, ...]:
-    """--pn, or the sides that a tokenizer's run was trained at, or the released ten; the last is the images' own."""
+def sides_of(config: EvalConfig, path: str, finest: int, tied: bool) -> tuple[int, ...]:
+    """--pn, or the sides that a tokenizer's run was trained at, or the released ten; the last is the images' own.
+
+    Raises ValueError where codes are `tied` to a schedule, and none is known that ends there.
+    """
     run = find_run(path)
     named = ScaleSchedule.parse(config.pn) if config.pn else (run and run.schedule) or DEFAULT_SCHEDULE
     if config.pn and named.sides[-1] != finest:
         raise ValueError(f"--pn ends at {named.sides[-1]}, these images at {finest}")
+    if tied and named.sides[-1] != finest:
+        raise ValueError(f"this tokenizer's codes depend on all sides, and these images end at {finest}: name --pn")
     return (*(s for s in named.sides if s < finest), finest)
 
 
 def evaluate_reconstructions(config: EvalConfig, extractor: Extractor, me: Ranks, directory: Path) -> dict[str, object]:
     """rFID, PSNR and SSIM of a tokenizer, and at every side PSNR, SSIM and the use of the codebook. Draws a picture."""
-    source, path = (
-        open_images(config.reconstruct, config.image_size, config.seed),
-        config.vae_ckpt or "pretrained/FlexVAE.pth",
-    )
+    source = open_images(config.reconstruct, config.image_size, config.seed)
+    path = config.vae_ckpt or FlexVARConfig.released_tokenizer
     chunk = chunk_size(config, me)
     described = describe_images(config.reconstruct, config, extractor)
     vae = load_tokenizer(path).to(me.device)
@@ -107,7 +113,7 @@ def evaluate_reconstructions(config: EvalConfig, extractor: Extractor, me: Ranks
         raise ValueError(
             f"{config.reconstruct} holds images of {wide}×{high}: give --image_size, a multiple of {vae.config.factor}"
         )
-    sides = sides_of(config, path, wide // vae.config.factor)
+    sides = sides_of(config, path, wide // vae.config.factor, vae.config.tied_to_schedule)
     real = FeatureStore(directory / "real", len(source), chunk, described, me)
     real.fill(source, extractor, "real images")
     described |= {"tokenizer_sha256": digest_of(vae), "scales": list(sides)}
@@ -118,7 +124,10 @@ def evaluate_reconstructions(config: EvalConfig, extractor: Extractor, me: Ranks
         return {}
     save_picture(reconstructed_picture(reconstructed), directory / "reconstructions.png")
     quality = np.concatenate([read_array(p) for p in sorted(made.directory.glob("quality_*.npy"))], axis=2)  # (S, 3, N)
-    distances = score(made, extractor, Reference.of_store(real), config)
+    enough = len(source) > NEIGHBOURS  # else pixels are compared alone
+    distances = score(made, extractor, Reference.of_store(real) if enough else None, config)
+    if not enough:
+        distances["warning"] = f"{len(source)} images are too few for distances, precision and recall: at least 4"
     renamed = {f"r{name}" if name in ("fid", "sfid") else name: value for name, value in distances.items()}
     means = dict(zip(("psnr", "ssim"), quality[-1, :2].mean(1).tolist(), strict=True))
     table = side_table(quality, sorted(made.directory.glob("codes_*.npy")), vae, sides)

@@ -14,7 +14,7 @@ from pretrained.download import HERE
 from utils.config.sampling import EvalConfig
 from utils.evaluations.c2i.features import Extractor
 from utils.evaluations.c2i.images import ImageSource, fingerprint, npz_array, open_images
-from utils.evaluations.c2i.metrics import Statistics
+from utils.evaluations.c2i.metrics import Statistics, check_count
 from utils.evaluations.c2i.store import FeatureStore
 from utils.runtime.distributed import Ranks
 from utils.runtime.files import digest, replacing
@@ -34,12 +34,16 @@ class Reference:
     features: Tensor  # (M, D) pooled, for precision and recall
 
     @classmethod
-    def of_store(cls, store: FeatureStore) -> Reference:
-        """From features on disk; precision and recall use at most 10,000 images, evenly spaced."""
+    def of_store(cls, store: FeatureStore, saved: tuple[Statistics, Statistics] | None = None) -> Reference:
+        """From features on disk, with the statistics that are `saved`, or those of the features.
+
+        Precision and recall use at most 10,000 images, evenly spaced.
+        """
         features = store.pool()
         n = min(PR_IMAGES, len(features))
         picked = torch.arange(n) * len(features) // n
-        return cls(Statistics.of(features), Statistics.of(store.read("spatial")), features[picked])
+        pool, spatial = saved or (Statistics.of(features), Statistics.of(store.read("spatial")))
+        return cls(pool, spatial, features[picked])
 
 
 def save_reference(reference: Reference, features: str, path: Path) -> None:
@@ -75,7 +79,7 @@ def load_reference(
     directory: Path,
     view: Callable[[ImageSource], ImageSource] | None,
 ) -> Reference | None:
-    """The reference that --reference names; None when there is none to speak of.
+    """The reference that --reference names, on the first rank; None on others, and when there is none to speak of.
 
     Statistics in the file are taken when they belong to these features and to full-size images; else they are computed
     from its images.
@@ -99,13 +103,13 @@ def load_reference(
     source = open_images(path, config.image_size)
     saved = saved_statistics(path) if path.is_file() and extractor.name == "inception" and view is None else None
     source = view(source) if view is not None else source
-    side = source.batch(range(1)).shape[-1]
-    described = {"images": str(path), "count": len(source), "side": side, "features": extractor.name}
+    check_count(len(source), f"--reference {named}")
+    described = {"images": str(path), "count": len(source), "image_size": config.image_size}
+    described |= {"shape": list(source.batch(range(1)).shape[-2:]), "features": extractor.name}
     described |= {"images_sha256": fingerprint(path)}
     store = FeatureStore(directory, len(source), chunk, described, me)
     store.fill(source, extractor, "reference")
-    computed = Reference.of_store(store)
-    return Reference(*saved, computed.features) if saved is not None else computed
+    return Reference.of_store(store, saved) if me.first else None  # gigabytes that the others do not ask for
 
 
 def batch_file(name: str) -> Path:

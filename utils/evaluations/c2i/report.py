@@ -151,7 +151,10 @@ def compare(paths: Sequence[str]) -> str:
     differing = [name for name in names if len({str(settings.get(name)) for settings in described}) > 1]
     rows += [[name, *(str(settings.get(name, "")) for settings in described)] for name in differing]
     text = markdown(["", *titles], rows)
-    unequal = [name for name in ("features", "reference") if name in differing]
+    content = [settings.get("reference_sha256") or settings["reference"] for settings in described]
+    unequal = ["features"] if "features" in differing else []
+    unequal += ["references"] if len(set(content)) > 1 else []
+    unequal += [name for name in ("split_size", "reference_image_size") if name in differing]
     if unequal:
         text += f"\n\n**Warning**: these are of different {' and '.join(unequal)}: their numbers do not compare."
     for title, report in zip(titles, reports, strict=True):

@@ -29,7 +29,7 @@ class FeatureStore:
         found = read_json(record) if record.is_file() else None
         ranks.barrier()  # all have looked before the first writes
         if found is not None and found != described:
-            changed = [k for k in described if found.get(k) != described[k]]
+            changed = [k for k in {**found, **described} if found.get(k) != described.get(k)]
             raise ValueError(
                 f"{directory} holds features of other settings ({', '.join(changed)}): use another --out_dir"
             )
