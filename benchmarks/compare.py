@@ -18,7 +18,7 @@ from utils.runtime.flags import Parser
 
 # Columns of which more is better, and those of which less is; others only say what was measured.
 MORE = ("images/s", "examples/s", "TFLOP/s", "MFU", "speed-up", "share of products' speed", "codes equal", "agrees")
-LESS = ("ms", "s", "G", "GB", "GiB", "s/image", "G/image", "new graphs", "waits", "error")
+LESS = ("ms", "s", "h", "G", "GB", "GiB", "s/image", "G/image", "graphs", "waits")  # the first or last word
 KEYS = ("depth", "batch", "tokens", "L", "rows", "source", "workers", "precision", "logits' deviation")
 
 
@@ -43,17 +43,20 @@ def read(path: Path) -> tuple[dict, dict[str, dict]]:
 
 def direction(column: str) -> int:
     """1 where more is better, -1 where less is, 0 where neither."""
-    if any(column == name or column.endswith(name) for name in MORE):
+    if any(name in column for name in MORE):
         return 1
     if column in KEYS or "floor" in column or "estimated" in column:
         return 0
-    return -1 if column.split()[-1] in LESS or column.split()[0] in LESS or "error" in column else 0
+    words = column.replace(",", " ").split()
+    return -1 if words[0] in LESS or words[-1] in LESS or "error" in words else 0
 
 
 def compare(before: dict[str, dict], after: dict[str, dict], tolerance: float) -> tuple[list[list[str]], list[str]]:
     """Cells of a table, and the numbers that are worse by more than `tolerance` (0.05: a twentieth)."""
     cells, worse = [], []
     for name, row in before.items():
+        if "error" in after.get(name, {}) and "error" not in row:
+            worse.append(f"{name}: {after[name]['error']}")
         for column, old in row.items():
             new, sign = after.get(name, {}).get(column), direction(column)
             numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (old, new))
@@ -61,7 +64,8 @@ def compare(before: dict[str, dict], after: dict[str, dict], tolerance: float) -
                 continue
             ratio = new / old if old else (1.0 if new == old else float("inf"))
             cells.append([name, column, f"{old:.4g}", f"{new:.4g}", f"{ratio:.3f}"])
-            if ratio * 1.0 > 1 + tolerance if sign < 0 else ratio < 1 / (1 + tolerance):
+            worse_by = ratio if sign < 0 else 1 / ratio if ratio else float("inf")
+            if worse_by > 1 + tolerance:
                 worse.append(f"{name}, {column}: {ratio:.3f} times")
     return cells, worse
 
@@ -77,7 +81,7 @@ def main() -> None:
     if machine != other:
         notice(f"measured on different machines: {machine} and {other}")
     cells, worse = compare(before, after, args.tolerance)
-    if not cells:
+    if not cells and not worse:
         raise ValueError(f"{args.before} and {args.after} have no row in common")
     print(markdown(["row", "number", "before", "after", "ratio"], cells))
     if worse:

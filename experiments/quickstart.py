@@ -42,7 +42,7 @@ SIDES = "1_2_3_5_8"
 SIZE = 32
 PER_CLASS = 50
 SEED = 0
-SHOWN = 8  # samples of each class in the picture
+SHOWN = 10  # samples of each class in the picture, whose blocks are square
 # Standard deviation of the Fréchet distance over the seeds of a continuation: of docs/study_digits.md.
 SPREAD = 0.5
 
@@ -72,6 +72,7 @@ class Kind:
     further: int = 150  # steps of the two ways to go on
     cfg: float = 0.5  # ramp guidance of its samples
     flow_steps: int = 25  # of Euler's method in its samples
+    unit: str = "nats per token"  # of its loss
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -101,6 +102,7 @@ MODELS = {
         further=60,
         cfg=2.0,
         flow_steps=10,
+        unit="squared error",
     ),
 }
 
@@ -214,14 +216,15 @@ def draw_samples(samples: dict[str, Tensor], kind: str, out: Path) -> None:
     captioned_grid(pictures, titles, columns=len(pictures), cell=max(pictures[0].size)).save(out / "samples.png")
 
 
-def draw_curves(runs: dict[str, Path], first: int, out: Path) -> None:
-    """Teacher-forced losses over steps: FlexVAR from scratch, and the two ways to go on from it."""
+def draw_curves(runs: dict[str, Path], first: int, kind: Kind, out: Path) -> None:
+    """Teacher-forced losses over steps: the model from scratch, and the two ways to go on from it."""
 
     def curves(names: tuple[str, ...], start: int) -> dict[str, tuple[list[int], list[float]]]:
         found = {}
         for name in names:
             trained = "train/loss_tf" if name == "sar" else "train/loss"
-            for metric, label in ((trained, ROWS[name]), ("val/loss", f"{ROWS[name]}, held out")):
+            title = title_of(name, kind.title)
+            for metric, label in ((trained, title), ("val/loss", f"{title}, held out")):
                 steps, values = read_metrics(runs[name], metric)
                 found[label] = ([start + step for step in steps], values)
         return found
@@ -230,7 +233,7 @@ def draw_curves(runs: dict[str, Path], first: int, out: Path) -> None:
         "teacher forcing from scratch": curves(("flexvar",), 0),
         "equal further steps": curves(("flexvar_continued", "sar"), first),
     }
-    plot_curves(panels, ("step", "teacher-forced loss, nats per token"), out / "curves.png")
+    plot_curves(panels, ("step", f"teacher-forced loss, {kind.unit}"), out / "curves.png")
 
 
 def title_of(name: str, kind: str) -> str:
@@ -352,7 +355,7 @@ def main() -> None:
         "steps": steps,
         "seconds": seconds,
     }
-    draw_curves(runs, first, out)
+    draw_curves(runs, first, kind, out)
     seconds["evaluation"] = time.perf_counter() - began
     write_report(report, out)
     print((out / "report.md").read_text())

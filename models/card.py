@@ -91,7 +91,9 @@ def card(described: str, name: str, origin: Origin, report: dict | None = None) 
         report: an evaluation's report.json.
     """
     base = released_repository(origin.base) or released_repository(origin.ckpt)
-    is_sar = origin.recipe.get("training_mode") == "csfl" or origin.ckpt.startswith("SAR")
+    mode = origin.recipe.get("training_mode")
+    released = bool(released_repository(origin.ckpt)) and origin.ckpt.startswith("SAR")
+    is_sar = mode == "csfl" if mode else released  # out/SAR is a run's directory like any other
     about = ModelCardData(
         license=licence_of(origin), library_name="sar", pipeline_tag="unconditional-image-generation",
         tags=["sar" if is_sar else name.lower(), "image-generation", "autoregressive"],
@@ -114,9 +116,12 @@ def card(described: str, name: str, origin: Origin, report: dict | None = None) 
 
 def evaluation(report: dict) -> list[str]:
     """The metrics of a report, and how they were measured."""
-    metrics = [[k, f"{v:.4g}"] for k, v in report.items() if isinstance(v, int | float) and not isinstance(v, bool)]
-    settings = report.get("settings", {})
-    wanted = ("guidance", "cfg", "top_k", "top_p", "num_samples", "reference", "precision")
+    metrics = [
+        [k, str(v) if isinstance(v, int) else f"{v:.4g}"] for k, v in report.items() if isinstance(v, int | float)
+    ]
+    reference = Path(report.get("reference", "")).name
+    settings = {**report.get("settings", {}), "reference": reference}
+    wanted = ("guidance", "cfg", "top_k", "top_p", "classes", "images_per_class", "reference", "precision")
     said = ", ".join(f"{name} {settings[name]}" for name in wanted if settings.get(name) not in (None, ""))
     lines = [markdown(["metric", "value"], metrics), "", said]
     if report.get("features") != "inception":

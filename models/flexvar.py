@@ -272,7 +272,7 @@ class FlexVAR(nn.Module):
         x = self.through_blocks(x, self.modulations(condition), [attention] * len(self.blocks))
         x = self.head_nm(x[:, schedule.offsets[first] :], self.head_nm.ada_lin(condition))
         mask = None
-        if self.scale_weights == "equal" and targets is not None:
+        if self.scale_weights == "equal" and targets is not None and self.training:  # held-out losses compare
             each = torch.tensor([1 / n for n in schedule.lengths[first:] for _ in range(n)])
             mask = each.to(x.device, non_blocking=True).expand(len(x), -1)
         return self.answer(x, targets, sampler, features, mask)

@@ -48,6 +48,7 @@ class ReleasedFlexVAR(FlexVAR):
         infer_patch_nums: Sequence[int] = DEFAULT_SCHEDULE.sides,
         max_pn: int = 16,
         used_llamagen_cfg: bool = False,
+        more_smooth: bool = False,
     ) -> Tensor:
         """Sample B images.
 
@@ -57,10 +58,13 @@ class ReleasedFlexVAR(FlexVAR):
             cfg: guidance scale: a ramp over the scales, or constant with `used_llamagen_cfg`.
             infer_patch_nums: sides to walk.
             max_pn: sides above it are taken greedily.
+            more_smooth: VAR's; True raises ValueError.
 
         Returns: (B, 3, H, W) in [-1, 1], not clamped.
         """
         labels, seeds = requested(B, label_B, g_seed, self.config.num_classes)
+        if more_smooth:
+            raise ValueError("more_smooth mixes embeddings, as VAR does: FlexVAR has no such pictures")
         guidance = Guidance("constant" if used_llamagen_cfg else "ramp", cfg)
         schedule, sampling = ScaleSchedule(tuple(infer_patch_nums)), SamplingConfig(guidance, top_k, top_p, max_pn)
         return generate(self, vqvae, labels, schedule, sampling, seeds)
@@ -106,16 +110,26 @@ def build_vae_var(
     ch: int = 160,
     share_quant_resi: int = 4,
     shared_aln: bool = False,
+    attn_l2_norm: bool = True,
+    **unread: Any,
 ) -> tuple[Tokenizer, ReleasedFlexVAR | ReleasedVAR]:
-    """A tokenizer and a transformer with initial weights: VAR's, when `patch_nums` are named, else FlexVAR's.
+    """A tokenizer and a transformer with initial weights: VAR's, when `patch_nums` are named and no FlexVAR's tokenizer
+    is, else FlexVAR's.
 
     Args:
         V, Cvae: rows and width of the codebook; 0 rows: 4096 for VAR, 8912 for FlexVAR.
         vae_ckpt: FlexVAR's tokenizer file; its other sizes are read off it.
         patch_nums, ch, share_quant_resi, shared_aln: VAR's scales, base width of its tokenizer, φ of it (4), and one
             AdaLN for all blocks.
+        unread: of speed and initial values, which released code names: `flash_if_available`, `fused_if_available`, `init_…`
     """
-    if patch_nums:
+    for name in unread:
+        if name not in ("flash_if_available", "fused_if_available") and not name.startswith("init_"):
+            raise TypeError(f"build_vae_var() got an unexpected keyword argument {name!r}")
+    if not attn_l2_norm:
+        raise ValueError("attn_l2_norm must be True: keys and queries of all released weights are normalised")
+    flexvar_codebook = VQVAEConfig().codebook_size
+    if patch_nums and vae_ckpt is None and flexvar_codebook != V:
         if share_quant_resi != 4:
             raise ValueError(f"share_quant_resi must be 4, got {share_quant_resi}")
         residual = ResidualVQVAE(ResidualVQVAEConfig(ch, z_channels=Cvae, codebook_size=V or 4096, codebook_dim=Cvae))
@@ -124,7 +138,7 @@ def build_vae_var(
         return residual.eval().to(device), var.eval().to(device)
     from models.weights import load_tokenizer  # here, since that module builds these models too
 
-    V = V or 8912
+    V = V or flexvar_codebook
     vae = load_tokenizer(vae_ckpt) if vae_ckpt else VQVAE(VQVAEConfig(codebook_size=V, codebook_dim=Cvae)).eval()
     found = (vae.config.codebook_size, vae.config.codebook_dim)
     if found != (V, Cvae):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks.common import Clock, Ruler, forward_flops
+from benchmarks.compare import direction, read
 from benchmarks.compare import main as compare
-from benchmarks.compare import read
 from benchmarks.data import speed, write_cache
 from benchmarks.gpu import main as gpu
 from benchmarks.sample import sort_everything
@@ -103,6 +103,31 @@ def test_without_a_gpu_the_gpu_benchmark_says_so(tmp_path, monkeypatch):
     assert "there is no GPU here: --dry_run" in said
 
 
+@pytest.mark.parametrize(
+    ("sign", "columns"),
+    [
+        (1, ["images/s", "images/s, decoding in TF32", "TFLOP/s", "share of products' speed", "codes equal in TF32"]),
+        (1, ["likeliest token agrees"]),
+        (
+            -1,
+            [
+                "ms a step",
+                "s, codes",
+                "s, decoding in TF32",
+                "peak GB",
+                "new graphs",
+                "waits",
+                "largest error of a logit",
+            ],
+        ),
+        (-1, ["h for 10 epochs of ImageNet", "G/image"]),
+        (0, ["batch", "TFLOP an image", "estimated GB", "floor G", "logits' deviation"]),
+    ],
+)
+def test_what_is_better_of_each_column_is_known(sign, columns):
+    assert {column: direction(column) for column in columns} == dict.fromkeys(columns, sign)
+
+
 def test_two_results_are_compared_and_a_regression_is_seen(tmp_path, capsys):
     def write(name, **row):
         content = {
@@ -121,6 +146,7 @@ def test_two_results_are_compared_and_a_regression_is_seen(tmp_path, capsys):
         ({"peak GB": 11.0}, True),
         ({"peak GB": 5.0}, False),
         ({"batch": 16}, False),
+        ({"error": "CUDA out of memory"}, True),
     ):
         status, out, _ = tool(compare, before, write("b.json", **change))
         assert status == worse, (change, out)

@@ -5,6 +5,7 @@ import json
 import pytest
 from huggingface_hub import ModelCard
 
+from evaluate import main as evaluate
 from models.card import LICENCES, Origin, card, main
 from models.pipeline import SARPipeline, open_pipeline
 from pretrained.download import FILES
@@ -13,8 +14,9 @@ from train import build
 from utils.runtime.checkpoint import checkpoints, step_of
 
 REPORT = {
-    "fid": 2.05, "inception_score": 267.1, "features": "inception",
-    "settings": {"cfg": 2.2, "guidance": "ramp", "top_k": 900, "num_samples": 50},
+    "fid": 2.05, "inception_score": 267.1, "samples": 50_000, "features": "inception",
+    "reference": "/data/VIRTUAL_imagenet256_labeled.npz",
+    "settings": {"cfg": 2.2, "guidance": "ramp", "top_k": 900, "images_per_class": 50},
 }  # fmt: skip
 
 
@@ -31,7 +33,8 @@ def test_a_run_is_described_by_its_recipe(run, tmp_path):
     text = out.read_text()
     for line in ("# SAR", "From scratch, 3 steps, on 1,300 images.", "| `--csf_weight` | 0.3 |", "| fid | 2.05 |"):
         assert line in text, line
-    assert "guidance ramp, cfg 2.2, top_k 900" in text
+    assert "guidance ramp, cfg 2.2, top_k 900, images_per_class 50, reference VIRTUAL_imagenet256_labeled.npz" in text
+    assert "| samples | 50000 |" in text
     assert "not said" in text  # of a licence nobody spoke
     about = ModelCard(text).data
     assert (about.license, about.library_name, about.base_model) == ("other", "sar", None)
@@ -44,6 +47,22 @@ def test_save_pretrained_writes_it_and_the_copy_opens(run, tmp_path):
     assert "| `--training_mode` | csfl |" in text
     assert "| fid | 2.05 |" in text
     assert SARPipeline.from_pretrained(tmp_path / "p").describe() == pipeline.describe()
+
+
+def test_a_teacher_forced_run_is_not_called_sar():
+    """out/SAR is the directory of every run that is not named."""
+    forced = str(card("x", "FlexVAR", Origin("SAR", "", {"training_mode": "teacher_forcing"}, "3 steps")))
+    assert "# FlexVAR" in forced
+    assert "Self-Autoregressive" not in forced
+    assert "# SAR" in str(card("x", "FlexVAR", Origin("SARd16-epo179.pth")))
+    assert "# FlexVAR" in str(card("x", "FlexVAR", Origin("SAR-mine.pth")))
+
+
+def test_the_settings_of_a_card_are_those_that_an_evaluation_writes(saved, real, tmp_path):
+    command = ["--ckpt", saved, "--features=efficientnet_lite0", "--num_samples=1", "--reference", real]
+    tool(evaluate, *command, "--out_dir", tmp_path / "e", check=True)
+    text = str(card("x", "FlexVAR", Origin(), json.loads((tmp_path / "e/report.json").read_text())))
+    assert "guidance ramp, cfg 2.2, top_k 900, top_p 0.95, classes 10, images_per_class 1, reference images" in text
 
 
 def test_released_bases_bring_their_licence():

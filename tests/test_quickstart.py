@@ -47,7 +47,16 @@ def test_the_picture_shows_the_control_and_titles_each_block(tmp_path, monkeypat
     samples = {name: torch.zeros(500, 3, 32, 32) for name in ("flexvar", "flexvar_continued", "sar")}
     draw_samples(samples, "hybrid model", tmp_path)
     assert titles == ["hybrid model", "the control", "SAR"]
-    assert Image.open(tmp_path / "samples.png").width > 3 * 8 * 32
+    drawn = {}
+    monkeypatch.setattr(quickstart, "plot_curves", lambda panels, axes, _: drawn.update(panels=panels, axes=axes))
+    monkeypatch.setattr(quickstart, "read_metrics", lambda *_: ([1], [0.5]))
+    runs = dict.fromkeys(samples, tmp_path)
+    quickstart.draw_curves(runs, 9, quickstart.MODELS["flowar"], tmp_path)
+    assert drawn["axes"][1] == "teacher-forced loss, squared error"
+    labels = [label for panel in drawn["panels"].values() for label in panel]
+    assert any("FlowAR" in label for label in labels)
+    assert not any("FlexVAR" in label for label in labels)
+    assert Image.open(tmp_path / "samples.png").width > 3 * 10 * 32
 
 
 def test_the_whole_chain_in_a_few_steps(stages_here, tmp_path):

@@ -3,8 +3,9 @@ import re
 import pytest
 import torch
 
-from models import Guidance, SamplingConfig, ScaleSchedule, build_vae_var, generate
+from models import VQVAE, Guidance, SamplingConfig, ScaleSchedule, VQVAEConfig, build_vae_var, generate
 from models.released import ReleasedFlexVAR
+from models.weights import save_weights
 from tests.conftest import ROOT, fill, worst
 
 
@@ -70,3 +71,21 @@ def test_wrong_requests_are_named(vae, model, files):
         released.autoregressive_infer_cfg(vae, 1, 10)
     with pytest.raises(ValueError, match="128 × 32, not V × Cvae = 8912 × 32"):
         build_vae_var(vae_ckpt=files[0], depth=1)
+    with pytest.raises(ValueError, match="attn_l2_norm must be True"):
+        build_vae_var(depth=1, attn_l2_norm=False)
+    with pytest.raises(TypeError, match="'deep'"):
+        build_vae_var(depth=1, deep=2)
+    with pytest.raises(ValueError, match="more_smooth"):
+        released.autoregressive_infer_cfg(vae, 1, 1, more_smooth=True)
+
+
+def test_flexvars_tokenizer_makes_it_flexvar_whatever_else_is_named(tmp_path):
+    """FlexVAR's code comes from VAR's, and has its arguments."""
+    config = VQVAEConfig(32, (1, 1), res_blocks=1, z_channels=32, codebook_size=64, codebook_dim=8)
+    save_weights(VQVAE(config), tmp_path / "vae.safetensors")
+    sizes = {"V": 64, "Cvae": 8, "ch": 160, "share_quant_resi": 4, "depth": 1, "num_classes": 10}
+    more = {"patch_nums": (1, 2, 3), "flash_if_available": True, "fused_if_available": False, "init_std": -1}
+    vae, model = build_vae_var(**sizes, **more, vae_ckpt=tmp_path / "vae.safetensors")
+    assert vae.config == config
+    assert type(model).__name__ == "ReleasedFlexVAR"
+    assert type(build_vae_var(**sizes, **more)[1]).__name__ == "ReleasedVAR"

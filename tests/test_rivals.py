@@ -160,6 +160,8 @@ def test_equal_weights_give_each_scale_the_same(flags, vae, model, expected, sch
     model.eval()
     batch = batch_of(expected, schedule)
     truth = batch.tokens(schedule)
+    held_out = trainer.compute_loss(batch, schedule)[0]
+    model.training = True  # but its parts, which would drop paths
     loss, metrics = trainer.compute_loss(batch, schedule)
     logits = model(batch.labels, shift_all(truth, vae.codebook, schedule), schedule)
     each = [
@@ -167,6 +169,7 @@ def test_equal_weights_give_each_scale_the_same(flags, vae, model, expected, sch
         for a, b in zip(schedule.split(logits), schedule.split(truth), strict=True)
     ]
     assert worst(loss, torch.stack(each).mean()) < 1e-5
+    assert worst(held_out, F.cross_entropy(logits.flatten(0, 1), truth.flatten())) < 1e-5  # as of any other run
     for s, wanted in zip(schedule.sides, each, strict=True):
         assert metrics[f"loss_side/{s}"] == pytest.approx(wanted.item(), rel=1e-5)
     found = torch.autograd.grad(loss, model.head.weight)[0]

@@ -83,7 +83,9 @@ def caption_font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def enlarge(image: Image.Image, side: int) -> Image.Image:
-    """A square picture at another size, its pixels kept visible when it grows."""
+    """A square picture at another size, its pixels kept visible when it grows. Raises ValueError for any other."""
+    if image.width != image.height:
+        raise ValueError(f"a picture of {image.width}×{image.height} is no square")
     method = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
     return image if image.width == side else image.resize((side, side), method)
 
