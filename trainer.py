@@ -33,7 +33,8 @@ Encode = Callable[[Tensor, Tensor, ScaleSchedule], CodeBatch]  # what a data set
 
 
 class Trainer(Loop):
-    """Trains FlexVAR by teacher forcing. Subclasses override `compute_loss` and nothing else."""
+    """Trains a scale-wise model by teacher forcing. Subclasses override `compute_loss`, and what they depend on beside
+    it, `invariants`."""
 
     config: TrainConfig
     model: FlexVAR

@@ -81,7 +81,7 @@ class HybridConfig(FlexVARConfig):
 
     @classmethod
     def recognises(cls, weights: Mapping[str, Tensor]) -> bool:
-        return "layout" in weights
+        return "mask_token" in weights
 
     @classmethod
     def sizes_of(cls, weights: Mapping[str, Tensor]) -> dict[str, int]:

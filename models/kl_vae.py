@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.autoencoder import Decoder, Encoder, levels_with_attention, network_sizes
-from models.scales import ScaleSchedule
+from models.scales import ScaleSchedule, UpsamplingPathway
 from models.tokenizer import KnownCodes, Quantised, Tokenizer, area, exact_convolutions, from_bytes
 from models.vqvae import AttnBlock, VQVAEConfig
 
@@ -262,7 +262,7 @@ def to_tokens(maps: Tensor, patch: int) -> Tensor:
     return F.pixel_unshuffle(maps, patch).flatten(2).transpose(1, 2)
 
 
-class LatentPathway:
+class LatentPathway(UpsamplingPathway):
     """The upsampling pathway of continuous tokens: a scale is fed with the latent of the scale before it.
 
     The detour, up to the finest side bicubically and from there down by area, is the released model's.
@@ -291,24 +291,6 @@ class LatentPathway:
             maps = F.interpolate(maps, size=(full, full), mode="bicubic", align_corners=False)
         return to_tokens(area(maps, after), self.patch)
 
-    def inputs(self, tokens: Tensor, schedule: ScaleSchedule, truth: Tensor | None = None, first: int = 1) -> Tensor:
-        """Tokens of all scales (B, L, D), true or sampled → inputs (B, n, D) of the scales from number `first` on."""
-        parts = schedule.split(tokens)
-        shifted = [self.shift(parts[i - 1], i - 1, schedule) for i in range(first, len(schedule))]
-        return torch.cat(shifted, dim=1) if shifted else tokens[:, :0]
-
-    def feeds(self, i: int) -> int:
-        """Number of the first scale whose tokens the inputs of scale i are made of."""
-        return i - 1
-
-    def soften(self, schedule: ScaleSchedule, draw: Any, seeds: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
-        """Raises ValueError: see the residual pathway."""
-        raise ValueError("more_smooth mixes embeddings of codes, which a continuous latent has not")
-
-    def canvas(self, schedule: ScaleSchedule) -> LatentCanvas:
-        """An empty canvas, for sampling to fill."""
-        return LatentCanvas(self, schedule)
-
 
 class PixelPathway(LatentPathway):
     """The other reading of image supervision: a scale is fed with the picture of the one before, raised and encoded.
@@ -332,14 +314,3 @@ class PixelPathway(LatentPathway):
         if own.shape == tokens.shape:
             return super().inputs(tokens, schedule, truth, first)
         return tokens[:, schedule.offsets[first] :, own.shape[-1] :]
-
-
-class LatentCanvas:
-    """Scales as they are sampled, coarse to fine."""
-
-    def __init__(self, pathway: LatentPathway, schedule: ScaleSchedule):
-        self.pathway, self.schedule = pathway, schedule
-
-    def add(self, i: int, codes: Tensor) -> Tensor | None:
-        """Add the tokens (B, s², D) of scale i. Returns the inputs (B, s'², D) of the next; None after the last."""
-        return None if i + 1 == len(self.schedule) else self.pathway.shift(codes, i, self.schedule)

@@ -121,7 +121,7 @@ def build_vae_var(
         vae_ckpt: FlexVAR's tokenizer file; its other sizes are read off it.
         patch_nums, ch, share_quant_resi, shared_aln: VAR's scales, base width of its tokenizer, φ of it (4), and one
             AdaLN for all blocks.
-        unread: of speed and initial values, which released code names: `flash_if_available`, `fused_if_available`, `init_…`
+        unread: `flash_if_available`, `fused_if_available`, `init_…` of released code: of speed and initial values.
     """
     for name in unread:
         if name not in ("flash_if_available", "fused_if_available") and not name.startswith("init_"):

@@ -36,7 +36,8 @@ class Guidance:
     | kind      | w at scale i of K (from 0)              | used by                         |
     |-----------|------------------------------------------|---------------------------------|
     | ramp      | scale · i / min(K−1, 9), of VAR i / (K−1)| evaluation                      |
-    | half_ramp | scale · 0.5·(1 + i/(K−1)), if scale > 1  | rollouts in training            |
+    | half_ramp | scale · 0.5·(1 + i/(K−1)), if scale > 1  | rollouts in training; of a      |
+    |           |                                          | flow-matching head as "ramp"    |
     | constant  | scale − 1                                | the released notebook           |
     | none      | 0                                        |                                 |
     """

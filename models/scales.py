@@ -137,11 +137,7 @@ def shift_all(codes: Tensor, codebook_VD: Tensor, schedule: ScaleSchedule, first
 
     The codes of the last scale are not used.
     """
-    sides, parts = schedule.sides, schedule.split(codes)
-    shifted = [shift_up(parts[i - 1], codebook_VD, *sides[i - 1 : i + 1]) for i in range(first, len(sides))]
-    if not shifted:
-        return codebook_VD.new_empty(len(codes), 0, codebook_VD.shape[1])
-    return torch.cat(shifted, dim=1)
+    return UpsamplingPathway(codebook_VD).inputs(codes, schedule, None, first)
 
 
 class Pathway(Protocol):
@@ -189,7 +185,13 @@ class UpsamplingPathway:
 
         `truth`: the true tokens (B, L), for pathways in which a scale's input is made of more than the scale before it.
         """
-        return shift_all(tokens, self.codebook, schedule, first)
+        parts = schedule.split(tokens)
+        shifted = [self.shift(parts[i - 1], i - 1, schedule) for i in range(first, len(schedule))]
+        return torch.cat(shifted, dim=1) if shifted else self.embed(tokens[:, :0])
+
+    def shift(self, tokens: Tensor, i: int, schedule: ScaleSchedule) -> Tensor:
+        """Tokens (B, s²) of scale i → inputs (B, s'², D) of the next."""
+        return shift_up(tokens, self.codebook, *schedule.sides[i : i + 2])
 
     def corrected(self, fed: Tensor, truth: Tensor, schedule: ScaleSchedule) -> Tensor:
         """The truth: codes of a scale do not depend on those before it. See the residual pathway."""
@@ -212,10 +214,8 @@ class UpsamplingCanvas:
     """Scales as they are sampled, coarse to fine."""
 
     def __init__(self, pathway: UpsamplingPathway, schedule: ScaleSchedule):
-        self.pathway, self.sides = pathway, schedule.sides
+        self.pathway, self.schedule = pathway, schedule
 
     def add(self, i: int, codes: Tensor) -> Tensor | None:
         """Add the codes (B, s²) of scale i. Returns the inputs (B, s'², D) of the next scale; None after the last."""
-        if i + 1 == len(self.sides):
-            return None
-        return shift_up(codes, self.pathway.codebook, self.sides[i], self.sides[i + 1])
+        return None if i + 1 == len(self.schedule) else self.pathway.shift(codes, i, self.schedule)

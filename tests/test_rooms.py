@@ -1,13 +1,11 @@
 """The rooms: in layers, and no import points up."""
 
 import ast
-import re
-import sys
 
 import pytest
 
 from scripts.build_wheel import MODULES
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT
 
 LAYERS = [
     {"utils.runtime", "utils.reporting", "pretrained", "scripts"},
@@ -21,8 +19,6 @@ LAYERS = [
     {"experiments", "benchmarks"},
 ]
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
-# Old names of commands, which say the new ones: python -m utils.checkpoint …
-FACES = {"utils/checkpoint.py", "utils/code_cache.py", "utils/visualize.py", "utils/data/__main__.py"}
 
 
 def room_of(module: str) -> str | None:
@@ -43,7 +39,7 @@ def imported(path) -> set[str]:
 
 
 SOURCES = [p for p in ROOT.rglob("*.py") if not {"tests", ".venv"} & set(p.relative_to(ROOT).parts)]
-SOURCES = [p for p in SOURCES if str(p.relative_to(ROOT)) not in {"utils/__init__.py", *FACES}]
+SOURCES = [p for p in SOURCES if str(p.relative_to(ROOT)) != "utils/__init__.py"]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -64,11 +60,3 @@ def test_docstrings_start_with_a_noun_or_a_verb():
                 said = ast.get_docstring(node) or ""
                 found += [f"{path.name}: {said.splitlines()[0]}"] if said.startswith(riddles) else []
     assert not found
-
-
-@pytest.mark.parametrize("face", sorted(FACES))
-def test_old_commands_say_their_new_names(face):
-    module = face.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
-    done = run(sys.executable, "-m", module, *(["check"] if module == "utils.data" else []), "--help")
-    assert "usage: python -m " in done.stdout
-    assert re.search(rf"python -m {module}( check)? is python -m \S+ now", done.stderr)
