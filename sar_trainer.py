@@ -14,10 +14,8 @@ from models.head import Prediction, Sampler
 from models.sampling import Guidance, SamplingConfig
 from models.scales import ScaleSchedule
 from trainer import Inputs, Metrics, Trainer
-from utils.config.training import SARConfig
+from utils.config.training import FEEDING, SARConfig
 from utils.data.datasets import CodeBatch
-
-FEEDING = ("ground_truth", "velocity")  # values of --csf_target for which samples only feed the second pass
 
 
 class SARTrainer(Trainer):
@@ -47,18 +45,10 @@ class SARTrainer(Trainer):
         --ssr_share: the others of its inputs are true. With --csf_target ground_truth that is scheduled sampling.
         --rollout_canvas (where a scale is fed with a sum): of the rollout's residuals, or of its last and true ones.
         """
-        sar, fed = self.config.sar, teacher.sampled
-        if sar.ssr_share < 1:  # each token the rollout's or the true one
-            mine = torch.rand(tokens.shape[:2], device=tokens.device) < sar.ssr_share
-            continuous = tokens.ndim == 3
-            fed = torch.where(mine[..., None] if continuous else mine, fed, self.pathway.own(tokens))
+        sar, fed = self.config.sar, self.mixed(teacher.sampled, tokens)
         truth = tokens if sar.rollout_canvas == "one_step" else None
         first = len(schedule) - 1 if sar.ssr == "last" else 1
-        if sar.csf_target == "requantised":
-            wanted = self.pathway.requantised(fed, tokens, schedule, one_step=truth is not None)
-            targets = wanted[:, schedule.offsets[first] :]
-        else:
-            targets = teacher.targets(sar.csf_target, tokens, schedule, first)
+        targets = self.targets(teacher, fed, tokens, schedule, first)
         if sar.ssr == "last":
             ends = ScaleSchedule((1, schedule.sides[-1]))
             inputs = self.inputs(fed, schedule, truth, first)
@@ -70,6 +60,21 @@ class SARTrainer(Trainer):
             passes.append(self.predict(labels, inputs, targets, schedule, first=1, sampler=sampler))
             fed = torch.cat([fed[:, : schedule.lengths[0]], passes[-1].sampled], dim=1) if more else fed
         return passes[0]._replace(loss=torch.stack([p.loss for p in passes]).mean())
+
+    def mixed(self, sampled: Tensor, tokens: Tensor) -> Tensor:
+        """Each token the rollout's with probability --ssr_share, else the true one (B, L)."""
+        if self.config.sar.ssr_share == 1:
+            return sampled
+        mine = torch.rand(tokens.shape[:2], device=tokens.device) < self.config.sar.ssr_share
+        return torch.where(mine if sampled.ndim == 2 else mine[..., None], sampled, self.pathway.own(tokens))
+
+    def targets(self, teacher: Prediction, fed: Tensor, tokens: Tensor, schedule: ScaleSchedule, first: int) -> Tensor:
+        """Targets of the second pass at the scales from number `first` on, by --csf_target."""
+        sar = self.config.sar
+        if sar.csf_target != "requantised":
+            return teacher.targets(sar.csf_target, tokens, schedule, first)
+        wanted = self.pathway.requantised(fed, tokens, schedule, one_step=sar.rollout_canvas == "one_step")
+        return wanted[:, schedule.offsets[first] :]
 
     def rollout_sampler(self, labels: Tensor, inputs: Inputs, schedule: ScaleSchedule, first: int = 0) -> Sampler:
         """Settings by which a pass on these inputs, asked for the scales from number `first` on, samples (Eq. 5).

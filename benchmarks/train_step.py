@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from utils.data.datasets import CodeBatch
 from utils.runtime.distributed import alone
 from utils.runtime.entry import entry
 from utils.runtime.flags import Parser, parse, whole
+from utils.training.estimate import step_flops
 
 DEFAULT = "1_2_3_4_5_6_8_10_13_16"
 FLOWAR_SIZES = ("--width=768", "--flow_depth=2", "--flow_width=1024")
@@ -95,15 +97,6 @@ class PlainSAR(SARTrainer):
         second = self.network(batch.labels, self.pathway.inputs(rollout, schedule), schedule).float()
         loss = loss + sar.csf_weight * F.cross_entropy(second[:, 1:].flatten(0, 1), rollout[:, 1:].flatten())
         return loss, {"loss": loss.detach()}
-
-
-def step_flops(args: argparse.Namespace, trainer: SARTrainer) -> float:
-    """Counted FLOPs of an image's step: forward ×3 where there is a gradient."""
-    schedule, config = trainer.config.model.scales, trainer.model.config
-    forward, sar = forward_flops(config, schedule), args.mode == "csfl"
-    second = schedule if args.ssr == "all" else ScaleSchedule((1, schedule.sides[-1]))
-    flops = 3 * forward + sar * (3 * forward_flops(config, second) + forward * (args.rollout == "cfg"))
-    return flops if args.cached else flops + ENCODE_FLOPS
 
 
 def make_trainer(args: argparse.Namespace, depth: int, batch: int, pn: str, directory: Path) -> SARTrainer:
@@ -178,7 +171,8 @@ def measure(args: argparse.Namespace, depth: int, batch: int, pn: str) -> dict[s
         trainer.train_step(batches)
         reset_peak(device)
         timing = ruler.measure(lambda: trainer.train_step(batches), args.repeats, warm_up=1)
-        flops = batch * step_flops(args, trainer)
+        model, sar, schedule = trainer.model.config, trainer.config.sar, trainer.config.model.scales
+        flops = batch * (step_flops(sar, schedule, partial(forward_flops, model)) + ENCODE_FLOPS * (not args.cached))
         parameters = sum(p.numel() for p in trainer.model.parameters())
         row = {"depth": depth, "batch": batch, "tokens": ScaleSchedule.parse(pn).total}
         row |= {"precision": trainer.precision.name, "s": timing.seconds, "G": timing.products}

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from benchmarks.common import forward_flops
-from models import FlexVARConfig, ScaleSchedule
-from utils.config.training import DataConfig
+from models import ScaleSchedule
+from utils.config.training import DataConfig, SARConfig
 from utils.evaluations.exposure_bias import Exposure, ValidationSet
 from utils.reporting.pictures import read_metrics
 from utils.reporting.tables import markdown
 from utils.runtime.files import read_json
+from utils.training.estimate import step_flops
 
 IMAGES = 500  # of each split
 
@@ -27,7 +30,9 @@ def measure(run: Path, data: DataConfig) -> dict[str, float | list[float]]:
     seen, held_out = (ValidationSet.of(str(run), data, IMAGES, split=split) for split in ("train", "val"))
     schedule = held_out.schedule
     exposure, entropy = Exposure.of(held_out, seed=0), held_out.entropy()
-    config = read_json(run / "config.json")
+    config, model = read_json(run / "config.json"), held_out.pipeline.model.config
+    known = {f.name for f in fields(SARConfig)}
+    sar = SARConfig(**{name: value for name, value in config["sar"].items() if name in known})
     speeds = read_metrics(run, "train/images_per_second")[1]
     return {
         "train": seen.nll(seen.tokens).double().mean().item(),
@@ -41,35 +46,13 @@ def measure(run: Path, data: DataConfig) -> dict[str, float | list[float]]:
         "sides": list(schedule.sides),
         "seconds": config["optim"]["bs"] / statistics.median(speeds),
         "steps": read_metrics(run, "train/loss")[0][-1],
-        "gflops": training_flops(config["sar"], held_out.pipeline.model.config, schedule) / 1e9,
+        "gflops": step_flops(sar, schedule, partial(forward_flops, model)) / 1e9,
     }
 
 
 def per_token(sides: list[float], schedule: ScaleSchedule) -> float:
     """Means of each side → the mean over all tokens."""
     return sum(n * value for n, value in zip(schedule.lengths, sides, strict=True)) / schedule.total
-
-
-def training_flops(sar: dict, model: FlexVARConfig, schedule: ScaleSchedule) -> float:
-    """FLOPs of one image in one step: a trained pass is three forwards, one without gradient is one.
-
-    Of what the studies run: one second pass of all scales or the last transition, naive schedules without guidance.
-
-    Args:
-        sar: the run's settings of `SARConfig`, by name.
-    """
-    whole = forward_flops(model, schedule)
-    fed = forward_flops(model, ScaleSchedule(schedule.sides[:-1]))  # the last scale feeds nothing
-    if sar["training_mode"] in ("teacher_forcing", "noisy"):
-        return 3 * whole
-    if sar["training_mode"] == "cca":  # images and their classes, and other classes; each also by the frozen model
-        return 2 * (3 + 1) * whole
-    if sar["training_mode"] != "csfl":  # a cached walk over the scales that feed, then the pass that is trained
-        return 3 * whole + (fed / 2 if sar["training_mode"] == "sf_alternate" else fed)
-    last = ScaleSchedule((1, schedule.sides[-1]))
-    second = 3 * (whole if sar["ssr"] == "all" else forward_flops(model, last))
-    unconditional = fed if sar["csf_target"] == "ground_truth" else whole
-    return 3 * whole + second + (unconditional if sar["rollout"] == "cfg" else 0)
 
 
 def slug(text: str) -> str:

@@ -82,7 +82,10 @@ def test_what_costs_more_is_estimated_to_cost_more():
     assert (cca.flops / once.flops, cca.image / once.image) == (pytest.approx(8 / 3), 2)
     assert cca.fixed - once.fixed == 4 * once.parameters
     naive = [found(SARConfig(training_mode="sf_full", rollout=r), cached=True).flops for r in ("sample", "cfg")]
-    assert (naive[0] / once.flops, naive[1] / once.flops) == (pytest.approx(4 / 3), pytest.approx(5 / 3))
+    assert naive[1] - once.flops == pytest.approx(2 * (naive[0] - once.flops))
+    assert 1 < naive[0] / once.flops < 4 / 3  # the last scale feeds nothing
+    deeper = found(SARConfig(ssr_steps=2), cached=True).flops - guided.flops  # a rollout more, and a pass
+    assert deeper == pytest.approx(guided.flops - once.flops)
     assert plain.micro_batch(80) > plain.micro_batch(24) > 0
     assert not torch.is_autocast_enabled("cuda")  # nothing of it stays
 

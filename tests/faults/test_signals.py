@@ -57,18 +57,22 @@ def test_a_finished_run_started_again_ends_with_0(tiny, undisturbed):
 
 
 @pytest.mark.faults
-def test_sigterm_to_torchrun_saves_and_resumes(tiny, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_torchrun_saves_and_resumes(number, tiny, tmp_path):
+    """Of SIGUSR1 torchrun knows by what the scripts set."""
     wanted = tmp_path / "wanted"
     assert launch(2, [*tiny, f"--out_dir={wanted}", "--max_steps=400"], tmp_path / "w.log").wait(200) == 0
     directory, log = tmp_path / "run", tmp_path / "run.log"
     flags = [*tiny, f"--out_dir={directory}", "--max_steps=400", "--save_every_steps=1000"]
-    run = launch(2, flags, log)
+    run = launch(
+        2, flags, log, PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    )  # as scripts/lib.sh has it
     run.wait_for("40/400")
     ranks = run.ranks()
-    os.kill(run.process.pid, signal.SIGTERM)
+    os.kill(run.process.pid, number)
     assert run.wait(60) != 0
     assert not killed(ranks)
-    saved = int(re.search(r"stopped by signal 15, saved step (\d+)", log.read_text())[1])
+    saved = int(re.search(rf"stopped by signal {number:d}, saved step (\d+)", log.read_text())[1])
     logged = max(int(step) for step in re.findall(r"run (\d+)/400", log.read_text()))
     assert logged <= saved <= logged + 60  # log lines are 4 steps apart; the signal travels
     assert launch(2, flags, log).wait(200) == 0, log.read_text()

@@ -146,6 +146,7 @@ class OptimConfig(Flags):
 Mode = Literal[
     "teacher_forcing", "csfl", "sf_full", "sf_alternate", "sf_interleave", "sf_hybrid", "noisy", "cca"
 ]  # fmt: skip
+FEEDING = ("ground_truth", "velocity")  # values of --csf_target for which samples only feed the second pass
 NAIVE = ("sf_full", "sf_alternate", "sf_interleave", "sf_hybrid")  # training modes of naive student forcing
 
 

@@ -9,7 +9,7 @@ Nothing here is measured but the share of its peak that a card reaches.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -25,7 +25,7 @@ from models.head import ROWS_AT_ONCE
 from models.scales import DEFAULT_SCHEDULE, ScaleSchedule
 from models.tokenizer import Tokenizer
 from models.vqvae import VQVAE
-from utils.config.training import NAIVE, SARConfig
+from utils.config.training import FEEDING, NAIVE, SARConfig
 from utils.reporting.tables import markdown
 from utils.runtime.entry import entry
 from utils.runtime.flags import Parser
@@ -144,6 +144,28 @@ def encoding(vae: Tokenizer, schedule: ScaleSchedule) -> float:
     return counter.get_total_flops()
 
 
+def step_flops(sar: SARConfig, schedule: ScaleSchedule, forward: Callable[[ScaleSchedule], float]) -> float:
+    """FLOPs of one image's step without encoding: a pass with a gradient is three forwards, one without is one.
+
+    Args:
+        forward: FLOPs of a forward over a schedule, or over its ends [1, s_N].
+    """
+    whole, guided = forward(schedule), sar.rollout == "cfg"
+    if (
+        sar.training_mode == "cca" and sar.cca_lambda
+    ):  # images with their classes, and with others; also by a frozen model
+        return 2 * (3 + 1) * whole
+    if sar.training_mode in NAIVE:  # a cached walk over the scales that feed, then the pass that is trained
+        walk = (1 + guided) * forward(ScaleSchedule(schedule.sides[:-1]))
+        return 3 * whole + (walk / 2 if sar.training_mode == "sf_alternate" else walk)
+    if sar.training_mode != "csfl" or not sar.csf_weight:
+        return 3 * whole
+    second = whole if sar.ssr == "all" else forward(ScaleSchedule((1, schedule.sides[-1])))
+    fed = sar.csf_target in FEEDING  # then the last scale is not sampled
+    unconditional = forward(ScaleSchedule(schedule.sides[:-1])) if fed else whole
+    return 3 * whole + sar.ssr_steps * (3 * second + guided * unconditional)
+
+
 def estimate(
     config: FlexVARConfig,
     vae: Tokenizer,
@@ -172,19 +194,18 @@ def estimate(
         model.checkpoint_activations = checkpointed
         one, two = (kept(model, vae, schedule, schedule, n) for n in (1, 2))
         image, copies = two - one, max(0, 2 * one - two)
-        forward = products(model, vae, schedule, schedule)
-        flops = 3 * forward
         if sar.training_mode == "csfl" and sar.csf_weight:
-            second, more = forward, image  # of a pass over all scales
-            if sar.ssr == "last":
-                second = products(model, vae, schedule, ends)
+            part, more = (ends if sar.ssr == "last" else schedule), image
+            if part is ends:
                 more = kept(model, vae, schedule, ends, 2) - kept(model, vae, schedule, ends, 1)
             image += sar.ssr_steps * more
-            flops += sar.ssr_steps * 3 * second + forward * (sar.rollout == "cfg")
-        elif sar.training_mode in NAIVE:
-            flops += forward * (2 if sar.rollout == "cfg" else 1)
         elif contrast:  # images with their classes and with others, twice by each
-            image, flops = 2 * image, 2 * (3 + 1) * forward
+            image *= 2
+
+        def forward(part: ScaleSchedule) -> float:
+            return products(model, vae, schedule if part == ends else part, part)
+
+        flops = step_flops(sar, schedule, forward)
         flops += 0 if cached else encoding(vae, schedule)
         stored = sum(p.numel() for p in model.parameters())
         tokenizer = sum(p.numel() for p in vae.parameters())
