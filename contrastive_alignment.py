@@ -71,7 +71,7 @@ class ContrastiveAlignment(Trainer):
             value = (counts * -F.logsigmoid(sign * beta * delta)).sum() / number
             gain = (counts * delta).sum() / number
             total = weights.sum()
-            mask = torch.where(total > 0, weights / total, 1 / len(weights)) * len(weights)  # 1 on average
-        loss = head.predict(features, tokens, mask=mask[:, None].expand(tokens.shape)).loss
+            shares = torch.where(total > 0, weights / total, 1 / len(weights)) * len(weights)  # (B,), 1 on average
+        loss = head.predict(features, tokens, token_weights=shares[:, None].expand(tokens.shape)).loss
         surrogate = sign * total * tokens.shape[1] * loss  # Σ of weight · cross-entropy
         return value + surrogate - surrogate.detach(), gain, plain.metrics(schedule) if sign > 0 else {}

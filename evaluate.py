@@ -25,7 +25,7 @@ from models.pipeline import SARPipeline, is_pipeline, open_pipeline
 from models.sampling import sample_codes
 from models.tokenizer import exact_convolutions, to_bytes
 from models.weights import digest_of, find_weights
-from utils.config.sampling import SOME_READ, EvalConfig
+from utils.config.sampling import OF_SOME, EvalConfig
 from utils.evaluations.c2i.features import Extractor, make_extractor
 from utils.evaluations.c2i.images import ImageSource, Resized, describe_images, fingerprint, open_images, write_npz
 from utils.evaluations.c2i.metrics import check_count
@@ -60,7 +60,7 @@ class Generated:
             raise ValueError(f"the model knows {pipeline.model.config.num_classes} classes, not {classes}")
         self.labels = label_order(classes * config.num_samples, classes, config.seed)
         self.pipeline, self.seed = pipeline, config.seed
-        self.draw = pipeline.drawing(**{**config.options, "cfg": cfg, "top_k": top_k, "top_p": top_p})
+        self.draw = pipeline.sampling_config(**{**config.options, "cfg": cfg, "top_k": top_k, "top_p": top_p})
         sides = pipeline.schedule.sides
         if config.eval_scale and config.eval_scale not in sides:
             raise ValueError(f"--eval_scale {config.eval_scale} is none of the scales {sides}")
@@ -125,7 +125,7 @@ def evaluate_samples(
         "top_p": top_p,
         "scales": list(pipeline.schedule.sides),
         "max_pn": source.draw.max_pn,
-        **{name: getattr(config, name) for name in SOME_READ[3:] if name in pipeline.model.reads},
+        **{name: getattr(config, name) for name in OF_SOME if name in pipeline.model.reads},
         "evaluated_side": source.side,
         "seed": config.seed,
         "precision": source.precision.name,

@@ -51,6 +51,8 @@ def draw(config: SampleConfig, pipeline: SARPipeline, labels: list[int]) -> tupl
             drawn = steps[pipeline.schedule.sides[-1]][start:]
         else:
             drawn = pipeline(part, edit=tick, **options)
+        if config.image:
+            bar.update(len(pipeline.schedule))  # painting says nothing on the way
         images += drawn
         if config.files:
             for i, image in enumerate(drawn, start):
@@ -111,7 +113,7 @@ def main() -> None:
     pipeline = open_pipeline(config.ckpt, config.vae_ckpt, config.pn, config.use_ema, config.ema_decay).to(device)
     config.check_model(type(pipeline.model).__name__, pipeline.model.reads)
     print(f"{config.ckpt}: {pipeline.describe()}", file=sys.stderr)
-    if greedy := pipeline.greedy_sides(pipeline.drawing(**config.options)):
+    if greedy := pipeline.greedy_sides(pipeline.sampling_config(**config.options)):
         notice(greedy)
     labels = pipeline.labels(split_classes(config.classes, pipeline.class_names), config.n).tolist()
     check_outputs(config, pipeline, len(labels))

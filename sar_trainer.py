@@ -87,10 +87,11 @@ class SARTrainer(Trainer):
         part, before = ScaleSchedule(schedule.sides[:scales]), schedule.offsets[first]
         start = schedule.offsets[self.pathway.feeds(last)] if sar.ssr == "last" else before
         shape = (len(labels), schedule.total - before)
-        sampler = self.model.head.sampler(sar, start - before, part.total - before, shape, labels.device)
+        draw = rollout_sampling(sar)
+        sampler = self.model.head.sampler(draw, start - before, part.total - before, shape, labels.device)
         if sar.csf_target == "teacher_soft" and first == 0:
             sampler = replace(sampler, keep_logits=True)
-        guidance = self.model.guidance_weights(SamplingConfig(rollout_guidance(sar)), schedule.sides)[first:scales]
+        guidance = self.model.guidance_weights(draw, schedule.sides)[first:scales]
         if not any(guidance):
             return sampler
         null = torch.full_like(labels, self.model.null_class)
@@ -112,6 +113,9 @@ class SARTrainer(Trainer):
         }
 
 
-def rollout_guidance(sar: SARConfig) -> Guidance:
-    """The guidance of tokens sampled in training."""
-    return Guidance("half_ramp", sar.sf_cfg_scale) if sar.rollout == "cfg" else Guidance("none")
+def rollout_sampling(sar: SARConfig) -> SamplingConfig:
+    """Sampling of tokens in training, by --rollout: argmax is greedy, of a flow-matching head one step to the mean."""
+    if sar.rollout == "argmax":
+        return SamplingConfig(Guidance("none"), top_k=1, flow_steps=1)
+    guidance = Guidance("half_ramp", sar.sf_cfg_scale) if sar.rollout == "cfg" else Guidance("none")
+    return SamplingConfig(guidance, sar.sf_top_k, sar.sf_top_p, flow_steps=sar.rollout_steps)

@@ -10,9 +10,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from models.sampling import SamplingConfig, evaluating, generate_scales
+from models.sampling import evaluating, generate_scales
 from models.scales import ScaleSchedule
-from sar_trainer import rollout_guidance
+from sar_trainer import rollout_sampling
 from trainer import Metrics, Trainer
 from utils.data.datasets import CodeBatch
 
@@ -49,8 +49,7 @@ class StudentForcing(Trainer):
         mine = dict(zip(schedule.sides, feeds_next, strict=True))
         uniforms = torch.rand(truth.shape, device=truth.device)
         parts = list(schedule.split(truth))
-        top_k = 1 if sar.rollout == "argmax" else sar.sf_top_k
-        draw = SamplingConfig(rollout_guidance(sar), top_k, sar.sf_top_p)
+        draw = rollout_sampling(sar)
         with evaluating(self.model), self.precision.autocast(cache=False):
             scales = generate_scales(
                 self.model, self.pathway, batch.labels, schedule, draw, uniforms,

@@ -113,10 +113,9 @@ def with_sides(config: TrainConfig) -> TrainConfig:
         return config
     run = find_run(config.model.vae_ckpt)
     schedule = (run and run.schedule) or DEFAULT_SCHEDULE
-    pn = "_".join(map(str, schedule.sides))
     if run and run.schedule:
-        notice(f"scales {pn}, those of the tokenizer's run {run.directory}")
-    return replace(config, model=replace(config.model, pn=pn))
+        notice(f"scales {schedule}, those of the tokenizer's run {run.directory}")
+    return replace(config, model=replace(config.model, pn=str(schedule)))
 
 
 def check(config: TrainConfig) -> None:

@@ -279,7 +279,7 @@ def measure_sampling(place: Stage, what: Sampling) -> Row:
     kind, precision = KINDS[what.model], Precision(place.precision, place.device)
     vae = kind.tokenizer(place.tiny).to(place.device).eval().requires_grad_(False)
     schedule = place.schedule if place.tiny else ScaleSchedule.parse(kind.pn)
-    flags = [f"--depth={what.depth}", f"--pn={'_'.join(map(str, schedule.sides))}", "--schedule=fixed"]
+    flags = [f"--depth={what.depth}", f"--pn={schedule}", "--schedule=fixed"]
     flags += [f"--width={place.width}", *kind.flags_of(place.tiny)]
     with plain_weights():
         model = sized_model(parse(ModelConfig, flags), vae, 1000).build().to(place.device).eval()

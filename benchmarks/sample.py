@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import DECODE_FLOPS, Clock, Ruler, forward_flops, peak_memory, reset_peak, show
-from models import VQVAE, FlexVAR, FlexVARConfig, Guidance, ScaleSchedule, flexvar, generate, sampling
+from models import DEFAULT_SCHEDULE, VQVAE, FlexVAR, FlexVARConfig, Guidance, ScaleSchedule, flexvar, generate, sampling
 from models.head import sample_tokens
 from utils.runtime.distributed import alone
 from utils.runtime.entry import entry
 from utils.runtime.flags import Parser, whole
 from utils.runtime.numerics import Precision
 
-DEFAULT = "1_2_3_4_5_6_8_10_13_16"
+DEFAULT = str(DEFAULT_SCHEDULE)
 
 
 def sort_everything(logits: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -23,14 +23,14 @@ from torch import Tensor
 
 import utils.training.loop as loop_module
 from benchmarks.common import ENCODE_FLOPS, Clock, Ruler, forward_flops, peak_memory, random_images, reset_peak, show
-from models import ScaleSchedule, VQVAEConfig
+from models import DEFAULT_SCHEDULE, ScaleSchedule, VQVAEConfig
 from models.head import Samples, guide, sample_tokens
 from models.kl_vae import KLConfig
 from models.pipeline import to_pil
 from models.residual_vqvae import ResidualVQVAEConfig
 from models.tokenizer import Tokenizer
 from models.weights import save_weights
-from sar_trainer import SARTrainer, rollout_guidance
+from sar_trainer import SARTrainer, rollout_sampling
 from train import TRAINERS, build
 from utils.config.training import DataConfig, TrainConfig
 from utils.data.code_cache import CacheConfig, CacheFlags
@@ -41,7 +41,7 @@ from utils.runtime.entry import entry
 from utils.runtime.flags import Parser, parse, whole
 from utils.training.estimate import step_flops
 
-DEFAULT = "1_2_3_4_5_6_8_10_13_16"
+DEFAULT = str(DEFAULT_SCHEDULE)
 FLOWAR_SIZES = ("--width=768", "--flow_depth=2", "--flow_width=1024")
 
 
@@ -88,7 +88,7 @@ class PlainSAR(SARTrainer):
         labels = torch.cat([batch.labels, torch.full_like(batch.labels, self.model.null_class)])
         logits = self.network(labels, inputs.repeat(2, 1, 1), schedule).float()
         loss = F.cross_entropy(logits[:n].flatten(0, 1), truth.flatten())
-        weights = rollout_guidance(sar).weights(schedule.sides)
+        weights = rollout_sampling(sar).guidance.weights(schedule.sides)
         halves = zip(schedule.split(logits[:n]), schedule.split(logits[n:]), strict=True)
         guided = torch.cat([guide(c, u, w) for (c, u), w in zip(halves, weights, strict=True)], dim=1)
         rollout = sample_tokens(

@@ -18,11 +18,12 @@ from torch import Tensor
 from models.pipeline import open_pipeline, to_pil
 from utils.config.training import DataConfig
 from utils.evaluations.exposure_bias import Exposure, ValidationSet
-from utils.reporting.pictures import coarse_to_fine, plot_curves, read_metrics
+from utils.reporting.pictures import coarse_to_fine, plot_curves
 from utils.reporting.tables import markdown
 from utils.runtime.entry import check_output_file, entry
 from utils.runtime.files import read_json
 from utils.runtime.flags import Parser, number, whole
+from utils.training.log import read_metrics
 
 PAPER_FID = {
     "FlexVAR-d16": 3.05,

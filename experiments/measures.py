@@ -15,10 +15,10 @@ from benchmarks.common import forward_flops
 from models import ScaleSchedule
 from utils.config.training import DataConfig, SARConfig
 from utils.evaluations.exposure_bias import Exposure, ValidationSet
-from utils.reporting.pictures import read_metrics
 from utils.reporting.tables import markdown
 from utils.runtime.files import read_json
 from utils.training.estimate import step_flops
+from utils.training.log import read_metrics
 
 IMAGES = 500  # of each split
 

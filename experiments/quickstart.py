@@ -30,13 +30,14 @@ from models.weights import load_flexvar, load_tokenizer
 from utils.config.training import DataConfig
 from utils.data.datasets import open_dataset
 from utils.evaluations.c2i import Statistics, frechet_distance
-from utils.reporting.pictures import captioned_grid, grid, plot_curves, read_metrics
+from utils.reporting.pictures import captioned_grid, grid, plot_curves
 from utils.runtime.entry import check_output_directory, entry
 from utils.runtime.files import write_json
 from utils.runtime.flags import Parser, whole
 from utils.runtime.numerics import cpu_has_bf16, derive_seed
 from utils.tokenizer.losses import resize_to
 from utils.tokenizer.scaling import measure_scaling
+from utils.training.log import read_metrics
 
 SIDES = "1_2_3_5_8"
 SIZE = 32

@@ -17,12 +17,13 @@ from experiments.measures import standard_error, table_of
 from experiments.plan_cifar10 import CLAIMS
 from models.pipeline import open_pipeline, to_pil
 from models.sampling import Guidance, SamplingConfig, generate
-from utils.reporting.pictures import captioned_grid, grid, plot_curves, read_metrics, spread_labels
+from utils.reporting.pictures import captioned_grid, grid, plot_curves, spread_labels
 from utils.reporting.tables import markdown
 from utils.runtime.entry import entry
 from utils.runtime.files import read_json
 from utils.runtime.flags import Parser
 from utils.runtime.numerics import derive_seed
+from utils.training.log import read_metrics
 
 Rows = dict[str, list[dict]]  # variant → the rows of its seeds
 

@@ -26,9 +26,9 @@ from models.sampling import SamplingConfig, sample_codes
 from models.scales import ScaleSchedule
 from models.tokenizer import Tokenizer
 from models.weights import load_flexvar, load_tokenizer
-from utils.reporting.pictures import read_metrics
 from utils.runtime.entry import entry
 from utils.runtime.numerics import derive_seed
+from utils.training.log import read_metrics
 
 VARIANTS = {"FlexVAR": [], "hybrid": HYBRID}
 COLUMNS = {

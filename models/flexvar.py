@@ -271,19 +271,24 @@ class FlexVAR(nn.Module):
         attention = ScaleCausalAttention(schedule, x.device)
         x = self.through_blocks(x, self.modulations(condition), [attention] * len(self.blocks))
         x = self.head_nm(x[:, schedule.offsets[first] :], self.head_nm.ada_lin(condition))
-        mask = None
+        token_weights = None
         if self.scale_weights == "equal" and targets is not None and self.training:  # held-out losses compare
             each = torch.tensor([1 / n for n in schedule.lengths[first:] for _ in range(n)])
-            mask = each.to(x.device, non_blocking=True).expand(len(x), -1)
-        return self.answer(x, targets, sampler, features, mask)
+            token_weights = each.to(x.device, non_blocking=True).expand(len(x), -1)
+        return self.answer(x, targets, sampler, features, token_weights)
 
     def answer(
-        self, x: Tensor, targets: Tensor | None, sampler: Sampler | None, features: bool, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        targets: Tensor | None,
+        sampler: Sampler | None,
+        features: bool,
+        token_weights: Tensor | None = None,
     ) -> Tensor | Prediction:
-        """Normalised features (B, n, C) → what `forward` returns; `mask` (B, n) are the tokens that count."""
+        """Normalised features (B, n, C) → what `forward` returns; `token_weights` (B, n) are in the loss."""
         if features:
             return x
-        return self.head(x) if targets is None else self.head.predict(x, targets, sampler, mask)
+        return self.head(x) if targets is None else self.head.predict(x, targets, sampler, token_weights)
 
     def init_cache(self, labels: Tensor, capacity: int) -> DecodingState:
         """Start a cached forward of up to `capacity` tokens: the class's modulations are computed once."""

@@ -11,17 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.flow_layers import CrossBlock, FinalLayer, PlainBlock, TimeEmbedding, WithinScales, rotations
+from models.flow_layers import CrossBlock, FinalLayer, PlainBlock, TimeEmbedding, WithinScales, rope_tables
+from models.sampling import SamplingConfig
 from models.scales import ScaleSchedule, to_tokens_of
 
 UNIFORM = 50  # number of steps whose grid is uniform
-INTERVAL = 0.9  # guidance acts at times up to this one
 
 
 def euler_times(steps: int) -> list[float]:
@@ -112,19 +112,17 @@ class FlowHead(nn.Module):
         lengths = [s * s for s in sides]
         tau = to_tokens_of(self.time_embed(t), lengths)  # (B, L, w)
         c, x = self.cond_embed(z), self.input_proj(x.to(self.input_proj.weight.dtype))
-        turn, attention = rotations(sides, full, 64, x.device), WithinScales(lengths)
+        rope, attention = rope_tables(sides, full, 64, x.device), WithinScales(lengths)
         for block in self.res_blocks:
-            x = block(x, z, c, tau, turn, attention)
+            x = block(x, z, c, tau, rope, attention)
         return self.final_layer(x, c + tau).float()
 
-    def sampler(self, wanted: Any, start: int, end: int, shape: tuple[int, int], device: torch.device) -> FlowSampler:
-        """Settings by which the tokens start…end of a pass (B, L) = `shape` are sampled, without guidance.
-
-        `wanted`: flags, `rollout` ("argmax" is one step, to an estimate of the mean), `rollout_steps`.
-        """
+    def sampler(
+        self, draw: SamplingConfig, start: int, end: int, shape: tuple[int, int], device: torch.device
+    ) -> FlowSampler:
+        """Settings by which the tokens start…end of a pass (B, L) = `shape` are sampled, without guidance."""
         noise = torch.randn(*shape, self.dim, device=device)
-        steps = 1 if wanted.rollout == "argmax" else wanted.rollout_steps
-        return FlowSampler(start, end, noise, steps, INTERVAL)
+        return FlowSampler(start, end, noise, draw.flow_steps, draw.guidance_interval)
 
     def predict(
         self,

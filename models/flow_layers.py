@@ -48,10 +48,10 @@ class GatedFFN(nn.Module):
         return F.dropout(self.fc2(x), self.dropout, self.training)
 
 
-Turn = tuple[Tensor, Tensor]  # cosines and sines of rotary positions
+Rope = tuple[Tensor, Tensor]  # cosines and sines of rotary position embeddings (RoPE)
 
 
-def rotations(sides: Sequence[int], full: int, size: int, device: torch.device) -> Turn:
+def rope_tables(sides: Sequence[int], full: int, size: int, device: torch.device) -> Rope:
     """Cosines and sines (L, size/2) of the rotary positions of all tokens of these sides, row-major.
 
     A token of a side-n scale stands at (full·row/n, full·column/n). The first half of the pairs turns with the row, the
@@ -68,10 +68,10 @@ def rotations(sides: Sequence[int], full: int, size: int, device: torch.device) 
     return found.cos(), found.sin()
 
 
-def rotate(x: Tensor, turn: Turn) -> Tensor:
+def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     """x (B, H, L, d) with each pair of neighbouring channels turned."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, L, d/2)
-    cos, sin = turn
+    cos, sin = rope
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -86,9 +86,9 @@ class RotarySelfAttention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.qkv, self.proj = nn.Linear(width, 3 * width, bias=bias), nn.Linear(width, width)
 
-    def forward(self, x: Tensor, turn: Turn, attention: Attention) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, attention: Attention) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
-        out = attention(scaled(rotate(q, turn)), rotate(k, turn), v)
+        out = attention(scaled(apply_rope(q, rope)), apply_rope(k, rope), v)
         return F.dropout(self.proj(out.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
@@ -101,10 +101,10 @@ class RotaryCrossAttention(nn.Module):
         self.q, self.kv = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, z: Tensor, turn: Turn, attention: Attention) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor, rope: Rope, attention: Attention) -> Tensor:
         q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(z).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        out = attention(scaled(rotate(q, turn)), rotate(k, turn), v)
+        out = attention(scaled(apply_rope(q, rope)), apply_rope(k, rope), v)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -132,11 +132,11 @@ class PlainBlock(nn.Module):
         self.attn, self.mlp = RotarySelfAttention(width, width // 64, bias=False), GatedFFN(width)
         self.ada_lin = nn.Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, z: Tensor, c: Tensor, tau: Tensor, turn: Turn, attention: Attention) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor, c: Tensor, tau: Tensor, rope: Rope, attention: Attention) -> Tensor:
         """x (B, L, w) tokens, z (B, L, C) conditions, c (B, L, w) their embedding, tau (B, L, w) of tokens' times."""
         modulation = self.ada_lin(F.silu(c + tau)).chunk(6, dim=-1)
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation
-        x = x + gate1 * self.attn(rms_norm(x) * (1 + scale1) + shift1, turn, attention)
+        x = x + gate1 * self.attn(rms_norm(x) * (1 + scale1) + shift1, rope, attention)
         return x + gate2 * self.mlp(rms_norm(x) * (1 + scale2) + shift2)
 
 
@@ -150,11 +150,11 @@ class CrossBlock(nn.Module):
         self.norm2_1, self.norm2_2 = RMSNorm(width), RMSNorm(width)
         self.ada_lin_attn, self.ada_lin_mlp = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width)
 
-    def forward(self, x: Tensor, z: Tensor, c: Tensor, tau: Tensor, turn: Turn, attention: Attention) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor, c: Tensor, tau: Tensor, rope: Rope, attention: Attention) -> Tensor:
         """See `PlainBlock`; C must be w."""
         gate, scale, shift = self.ada_lin_attn(F.silu(tau)).chunk(3, dim=-1)
-        x = x + gate * self.attn(rms_norm(x) * (1 + scale) + shift, turn, attention)
-        x = x + self.crossattn(self.norm2_1(x), self.norm2_2(z), turn, attention)
+        x = x + gate * self.attn(rms_norm(x) * (1 + scale) + shift, rope, attention)
+        x = x + self.crossattn(self.norm2_1(x), self.norm2_2(z), rope, attention)
         gate, scale, shift = self.ada_lin_mlp(F.silu(c + tau)).chunk(3, dim=-1)
         return x + gate * self.mlp(rms_norm(x) * (1 + scale) + shift)
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.flexvar import DecodingState, FlexVARConfig
 from models.flow_head import FlowHead, FlowPrediction, FlowSampler, FlowTarget, euler_times
-from models.flow_layers import GatedFFN, RMSNorm, RotarySelfAttention, rms_norm, rotations
+from models.flow_layers import GatedFFN, RMSNorm, RotarySelfAttention, rms_norm, rope_tables
 from models.layers import AdaLinear, Attend, CachedAttention, ScaleCausalAttention
 from models.sampling import SamplingConfig
 from models.scales import Pathway, ScaleSchedule
@@ -174,10 +174,10 @@ class Block(nn.Module):
         self.mlp = GatedFFN(width, dropout)
         self.ada_lin = AdaLinear(width, 6)
 
-    def forward(self, x: Tensor, modulation: Tensor, turn: tuple[Tensor, Tensor], attention: Attend) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor], attention: Attend) -> Tensor:
         """x (B, L, C), modulation = ada_lin(condition) (B, 1, 6, C) → (B, L, C)."""
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)  # (B, 1, C) each
-        x = x + gate1 * self.attn(rms_norm(x) * (1 + scale1) + shift1, turn, attention)
+        x = x + gate1 * self.attn(rms_norm(x) * (1 + scale1) + shift1, rope, attention)
         return x + gate2 * self.mlp(rms_norm(x) * (1 + scale2) + shift2)
 
 
@@ -300,15 +300,15 @@ class FlowAR(nn.Module):
             torch.cat([getattr(self, f"{name}_pos_embed_learned")[:, self.schedule.span(i)] for i in numbers], dim=1)
             for name in POSITIONS
         )
-        turn = rotations(sides, self.config.sides[-1], self.config.width // self.config.heads, x.device)
+        rope = rope_tables(sides, self.config.sides[-1], self.config.width // self.config.heads, x.device)
         x, half = self.z_proj_ln(x + encoder), self.config.depth
         for i, (block, modulation, attention) in enumerate(zip(self.blocks, modulations, attentions, strict=True)):
             if i == half:
                 x = self.decoder_embed(self.encoder_norm(x)) + decoder
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, turn, attention, use_reentrant=False)
+                x = checkpoint(block, x, modulation, rope, attention, use_reentrant=False)
             else:
-                x = block(x, modulation, turn, attention)
+                x = block(x, modulation, rope, attention)
         return self.decoder_norm(x) + diffusion
 
     # ------------------------------------------------------------------------------------------ sampling

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from models.sampling import SamplingConfig
 from models.scales import ScaleSchedule
 
 ROWS_AT_ONCE = 2048  # rows of logits that exist at a time
@@ -47,7 +48,7 @@ class Prediction(NamedTuple):
     agreement: Tensor | None = None  # share of the sampled tokens that are the likeliest
     accuracy: Tensor | None = None  # share of the sampled tokens that are the targets
     logits: Tensor | None = None  # (B, end - start, V) what was sampled from, if the sampler keeps it
-    mask: Tensor | None = None  # (B, L) tokens that count; None: all
+    token_weights: Tensor | None = None  # (B, L) of each in the loss, 0: none; None: all alike
 
     def targets(self, kind: str, truth: Tensor, schedule: ScaleSchedule, first: int) -> Tensor:
         """Targets of a second pass at the scales from number `first` on, by --csf_target: tokens or logits."""
@@ -62,10 +63,10 @@ class Prediction(NamedTuple):
         """Mean loss and accuracy of each scale from number `first` on."""
         found, lengths = {}, schedule.lengths[first:]
         losses_of, correct_of = (x.split(lengths, dim=1) for x in (self.losses, self.correct))
-        mask_of = [None] * len(lengths) if self.mask is None else self.mask.split(lengths, dim=1)
-        for s, losses, correct, counts in zip(schedule.sides[first:], losses_of, correct_of, mask_of, strict=True):
-            found[f"loss_side/{s}"] = masked_mean(losses, counts)
-            found[f"accuracy_side/{s}"] = masked_mean(correct, counts)
+        weights_of = [None] * len(lengths) if self.token_weights is None else self.token_weights.split(lengths, dim=1)
+        for s, losses, correct, counts in zip(schedule.sides[first:], losses_of, correct_of, weights_of, strict=True):
+            found[f"loss_side/{s}"] = weighted_mean(losses, counts)
+            found[f"accuracy_side/{s}"] = weighted_mean(correct, counts)
         return found
 
 
@@ -75,17 +76,13 @@ class CategoricalHead(nn.Linear):
     label_smoothing = 0.0  # in training: the share of a target's probability that goes to all tokens alike
 
     @staticmethod
-    def sampler(wanted: Any, start: int, end: int, shape: tuple[int, int], device: torch.device) -> Sampler:
-        """Settings by which the tokens start…end of a pass (B, L) = `shape` are sampled, without guidance.
-
-        `wanted`: flags, `rollout` ("argmax" is greedy), `sf_top_k`, `sf_top_p`.
-        """
-        greedy = wanted.rollout == "argmax"
-        uniforms = None if greedy else torch.rand(shape, device=device)
-        return Sampler(start, end, 1 if greedy else wanted.sf_top_k, wanted.sf_top_p, uniforms)
+    def sampler(draw: SamplingConfig, start: int, end: int, shape: tuple[int, int], device: torch.device) -> Sampler:
+        """Settings by which the tokens start…end of a pass (B, L) = `shape` are sampled, without guidance."""
+        uniforms = None if draw.top_k == 1 else torch.rand(shape, device=device)
+        return Sampler(start, end, draw.top_k, draw.top_p, uniforms)
 
     def predict(
-        self, features: Tensor, targets: Tensor, sampler: Sampler | None = None, mask: Tensor | None = None
+        self, features: Tensor, targets: Tensor, sampler: Sampler | None = None, token_weights: Tensor | None = None
     ) -> Prediction:
         """Cross-entropy on target tokens, or the KL divergence from the distributions of target logits.
 
@@ -96,13 +93,13 @@ class CategoricalHead(nn.Linear):
             features: (B, L, C).
             targets: tokens (B, L) or logits (B, L, V).
             sampler: sample tokens from the same logits, too.
-            mask: (B, L) tokens that count; None: all.
+            token_weights: (B, L) in the mean loss, 0: it does not count; None: all alike.
         """
         smoothing = self.label_smoothing if self.training else 0.0
         found = ChunkedLoss.apply(
-            features, self.weight, self.bias, targets, sampler, mask, smoothing, torch.is_grad_enabled()
+            features, self.weight, self.bias, targets, sampler, token_weights, smoothing, torch.is_grad_enabled()
         )
-        return Prediction(*found, mask)  # type: ignore[call-arg]
+        return Prediction(*found, token_weights)  # type: ignore[call-arg]
 
 
 def chunks(batch: int, length: int) -> list[tuple[int, int]]:
@@ -111,9 +108,9 @@ def chunks(batch: int, length: int) -> list[tuple[int, int]]:
     return [(a, min(a + size, length)) for a in range(0, length, size)]
 
 
-def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean of values (B, n) over the places where a mask (B, n) is not zero."""
-    return values.float().mean() if mask is None else (values * mask).sum() / mask.sum()
+def weighted_mean(values: Tensor, token_weights: Tensor | None) -> Tensor:
+    """The mean of values (B, n), weighted by the tokens' weights (B, n)."""
+    return values.float().mean() if token_weights is None else (values * token_weights).sum() / token_weights.sum()
 
 
 def loss_and_gradient(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -147,7 +144,7 @@ class ChunkedLoss(torch.autograd.Function):
         bias: Tensor,
         targets: Tensor,
         sampler: Sampler | None,
-        mask: Tensor | None,
+        token_weights: Tensor | None,
         smoothing: float,
         gradients: bool,
     ) -> tuple[Tensor | None, ...]:
@@ -169,7 +166,7 @@ class ChunkedLoss(torch.autograd.Function):
                 correct[:, start:end] = logits.argmax(-1) == wanted
                 losses[:, start:end], gradient = loss_and_gradient(logits, target, smoothing)
                 if gradients:
-                    gradient = gradient if mask is None else gradient.mul_(mask[:, start:end, None])
+                    gradient = gradient if token_weights is None else gradient.mul_(token_weights[:, start:end, None])
                     gradient = gradient.to(dtype).flatten(0, 1)  # (rows, V)
                     d_features[:, start:end] = (gradient @ w).view_as(x)
                     add_product(d_weight, gradient.T, x.flatten(0, 1))
@@ -177,10 +174,10 @@ class ChunkedLoss(torch.autograd.Function):
         if gradients:
             ctx.save_for_backward(d_features, d_weight, d_bias)
             ctx.dtypes = (features.dtype, weight.dtype, bias.dtype)
-            ctx.count = losses.numel() if mask is None else mask.sum()
-        found = samples.result(targets, mask) if samples is not None else (None,) * 4
+            ctx.count = losses.numel() if token_weights is None else token_weights.sum()
+        found = samples.result(targets, token_weights) if samples is not None else (None,) * 4
         ctx.mark_non_differentiable(*(x for x in (losses, correct, *found) if x is not None))
-        return masked_mean(losses, mask), losses, correct, *found
+        return weighted_mean(losses, token_weights), losses, correct, *found
 
     @staticmethod
     @once_differentiable
@@ -216,15 +213,19 @@ class Samples:
         if wanted.keep_logits:
             self.logits.append(logits)
 
-    def result(self, targets: Tensor, mask: Tensor | None) -> tuple[Tensor | None, ...]:
+    def result(self, targets: Tensor, token_weights: Tensor | None) -> tuple[Tensor | None, ...]:
         """See `Prediction`: sampled, agreement, accuracy, logits."""
         span = slice(self.sampler.start, self.sampler.end)
-        counts = None if mask is None else mask[:, span]
-        agreement, accuracy = masked_mean(self.likeliest[:, span], counts), None
+        counts = None if token_weights is None else token_weights[:, span]
+        agreement, accuracy = weighted_mean(self.likeliest[:, span], counts), None
         if targets.ndim == 2:
-            accuracy = masked_mean(self.tokens[:, span] == targets[:, span], counts)
+            accuracy = weighted_mean(self.tokens[:, span] == targets[:, span], counts)
         # Targets that are distributions have no token to stand in for what does not count.
-        tokens = self.tokens if mask is None or targets.ndim == 3 else torch.where(mask.bool(), self.tokens, targets)
+        tokens = (
+            self.tokens
+            if token_weights is None or targets.ndim == 3
+            else torch.where(token_weights.bool(), self.tokens, targets)
+        )
         return tokens, agreement, accuracy, torch.cat(self.logits, dim=1) if self.logits else None
 
 

@@ -153,11 +153,11 @@ class HybridVAR(FlexVAR):
         assert start, "both sequences begin with a class token"
         condition = self.class_emb(labels)  # (B, C)
         token = self.first_scale(condition, 1, start)
-        parts, groups, mask = [], [], None
+        parts, groups, token_weights = [], [], None
         if first == 0:
             parts += [token, self.first_inputs(len(labels), inputs.codes, inputs.hidden)]
             groups.append(1 + schedule.lengths[0])
-            mask = F.pad(inputs.hidden, (0, schedule.total - schedule.lengths[0]), value=True).float()
+            token_weights = F.pad(inputs.hidden, (0, schedule.total - schedule.lengths[0]), value=True).float()
         finer = schedule.sides[1:]
         if finer:
             shifted = inputs.shifted[:, : schedule.total - schedule.lengths[0]]
@@ -168,7 +168,7 @@ class HybridVAR(FlexVAR):
             x = torch.cat([x[:, 1 : groups[0]], x[:, groups[0] + 1 :]], dim=1)  # (B, L, C)
         else:
             x = x[:, 1 + schedule.offsets[first] - schedule.lengths[0] :]
-        return self.answer(self.head_nm(x, self.head_nm.ada_lin(condition)), targets, sampler, features, mask)
+        return self.answer(self.head_nm(x, self.head_nm.ada_lin(condition)), targets, sampler, features, token_weights)
 
     def first_inputs(self, batch: int, codes: Tensor, hidden: Tensor) -> Tensor:
         """The first side's tokens (B, n, C): the mask token where hidden, else the code, and the position."""

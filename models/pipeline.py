@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
@@ -140,10 +141,10 @@ class SARPipeline(
 
     def describe(self) -> str:
         """A line on what was opened."""
-        config, sides = self.model.config, "_".join(map(str, self.schedule.sides))
+        config = self.model.config
         return (
             f"{type(self.model).__name__}-d{config.depth}, {config.num_classes} classes ({self.class_names[0]} …), "
-            f"scales {sides}, {self.side}×{self.side} pixels"
+            f"scales {self.schedule}, {self.side}×{self.side} pixels"
         )
 
     @classmethod
@@ -172,29 +173,20 @@ class SARPipeline(
         """Pixels of an image's side."""
         return self.schedule.sides[-1] * self.vae.config.factor
 
-    def drawing(
+    def sampling_config(
         self,
         cfg: float = 2.5,
         guidance: Kind = "ramp",
         top_k: int = TOP_K,
         top_p: float = TOP_P,
-        fill_steps: int = 8,
         max_pn: int = 0,
-        flow_steps: int = 25,
-        guidance_interval: float = 0.9,
-        more_smooth: bool = False,
+        **options: Any,
     ) -> SamplingConfig:
-        """Settings this model is sampled with. max_pn 0 is its own: 16 for released weights, no bound for others."""
-        return SamplingConfig(
-            Guidance(guidance, cfg),
-            top_k,
-            top_p,
-            max_pn or self.max_pn,
-            fill_steps,
-            flow_steps,
-            guidance_interval,
-            more_smooth,
-        )
+        """Settings this model is sampled with; other options are fields of `SamplingConfig`.
+
+        max_pn 0 is the model's own: 16 for released weights, no bound for others.
+        """
+        return SamplingConfig(Guidance(guidance, cfg), top_k, top_p, max_pn or self.max_pn, **options)
 
     def greedy_sides(self, draw: SamplingConfig) -> str:
         """A line on the sides that the released models' rule takes greedily; empty when there are none."""
@@ -222,12 +214,14 @@ class SARPipeline(
         """Codes {side: (B, s²)} of n images of each class. Image i is drawn from seed + i.
 
         options: cfg 2.5, guidance "ramp", top_k 900, top_p 0.95, max_pn; of models that read them fill_steps 8,
-        flow_steps 25, guidance_interval 0.9, more_smooth: see `drawing`.
+        flow_steps 25, guidance_interval 0.9, more_smooth: see `sampling_config`.
         """
         labels = self.labels(classes, n)
         seeds = range(seed, seed + len(labels))
         schedule = schedule or self.schedule
-        return sample_codes(self.model, self.vae.pathway, labels, schedule, self.drawing(**options), seeds, edit)
+        return sample_codes(
+            self.model, self.vae.pathway, labels, schedule, self.sampling_config(**options), seeds, edit
+        )
 
     @torch.no_grad()
     def __call__(self, classes: Classes, **options) -> list[Image.Image]:
@@ -255,7 +249,7 @@ class SARPipeline(
         labels = self.labels(classes, n)
         pixels = from_pil(image, self.side).expand(len(labels), -1, -1, -1)
         masks = (from_pil(mask, self.side) > 0).float().expand(len(labels), -1, -1, -1)
-        seeds, draw = range(seed, seed + len(labels)), self.drawing(**options)
+        seeds, draw = range(seed, seed + len(labels)), self.sampling_config(**options)
         painted = inpaint(
             self.model, self.vae, pixels, masks, labels, self.schedule, draw, seeds, supervision=self.supervision
         )

@@ -40,6 +40,10 @@ class ScaleSchedule:
     def __len__(self) -> int:
         return len(self.sides)
 
+    def __str__(self) -> str:
+        """As `parse` takes it."""
+        return "_".join(map(str, self.sides))
+
     def starting(self, side: int) -> ScaleSchedule:
         """The sides from one of them on. Raises ValueError when that is not among them."""
         if side not in self.sides:
@@ -49,8 +53,7 @@ class ScaleSchedule:
     def required(self, model: str, asked: ScaleSchedule) -> ScaleSchedule:
         """This schedule, of a model that knows no other one. Raises ValueError when another one is asked for."""
         if asked != self:
-            own, other = ("_".join(map(str, s.sides)) for s in (self, asked))
-            raise ValueError(f"this {model} knows the scales {own} and no others, such as {other}")
+            raise ValueError(f"this {model} knows the scales {self} and no others, such as {asked}")
         return self
 
     @cached_property

@@ -11,7 +11,7 @@ from experiments.figures import main as figures
 from models import Guidance, SamplingConfig, ScaleSchedule, generate
 from models.editing import inpaint
 from models.flow_head import FlowSampler, FlowTarget, euler_times
-from models.flow_layers import TimeEmbedding, rotate, rotations
+from models.flow_layers import TimeEmbedding, apply_rope, rope_tables
 from models.flowar import FlowAR, FlowARConfig
 from models.kl_vae import KLAutoencoder, KLConfig
 from models.sampling import sample_codes
@@ -152,9 +152,9 @@ def test_times_are_truncated_in_single_precision():
 
 
 def test_rotary_positions_by_their_definition():
-    cos, sin = rotations((2, 4), 4, 16, torch.device("cpu"))
+    cos, sin = rope_tables((2, 4), 4, 16, torch.device("cpu"))
     x = torch.randn(1, 1, 20, 16)
-    found = rotate(x, (cos, sin))
+    found = apply_rope(x, (cos, sin))
     for place, (n, row, column) in enumerate(
         [(2, r, c) for r in range(2) for c in range(2)] + [(4, r, c) for r in range(4) for c in range(4)]
     ):

@@ -52,7 +52,7 @@ def test_what_is_hidden_is_what_is_asked(model, batch):
     for share, m in ((0.0, 0), (0.6, 3), (1.0, 4)):
         inputs = model.mask(tokens, pathway, SCHEDULE, share)
         assert (inputs.hidden.sum(1) == m).all()
-        asked = model(labels, inputs, SCHEDULE, tokens).mask.bool()
+        asked = model(labels, inputs, SCHEDULE, tokens).token_weights.bool()
         assert torch.equal(asked[:, :4], inputs.hidden)
         assert asked[:, 4:].all()  # all of the finer sides
     found = {tuple(model.mask(tokens, pathway, SCHEDULE, 0.5).hidden[0].tolist()) for _ in range(40)}

@@ -12,7 +12,7 @@ from train import main
 from utils.config.training import TrainConfig
 from utils.runtime.distributed import Ranks
 from utils.runtime.flags import parse
-from utils.training.log import JsonLines, Meter, Progress, Silent, WandB, clock, make_logger
+from utils.training.log import JsonLines, Meter, Progress, Silent, WandB, clock, make_logger, read_metrics
 
 
 def test_means_over_steps_with_names_that_come_and_go():
@@ -81,6 +81,18 @@ def test_wandb_is_told_that_a_run_failed():
         finally:
             logger.close()
     assert said == [0, 1]
+
+
+def test_curves_are_read_of_a_run_that_was_killed_in_the_middle_of_a_line(tmp_path):
+    lines = [
+        '{"step": 1, "train/loss": 2.0}',
+        '{"step": 2, "val/loss": 1.5}',
+        '{"step": 3, "train/loss": 1.0}',
+        '{"step": 4, "tra',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert read_metrics(tmp_path, "train/loss") == ([1, 3], [2.0, 1.0])
+    assert read_metrics(tmp_path, "lr") == ([], [])
 
 
 def test_progress_reports_rate_and_remaining_time(capsys):

@@ -73,7 +73,7 @@ def test_released_weights_take_odd_sides_greedily_and_a_runs_own_are_drawn(vae, 
     files = tmp_path / "vae.safetensors", tmp_path / "model.safetensors"
     released = SARPipeline.from_files(*files, ODD)
     assert not drawn_at_seven(released)
-    assert "sides 7 are taken greedily" in released.greedy_sides(released.drawing())
+    assert "sides 7 are taken greedily" in released.greedy_sides(released.sampling_config())
     (tmp_path / "run").mkdir()
     save_weights(model, tmp_path / "run/model.safetensors")
     described = {"model": {"pn": "1_4_7", "vae_ckpt": str(files[0]), "supervision": "image"}}
@@ -82,7 +82,7 @@ def test_released_weights_take_odd_sides_greedily_and_a_runs_own_are_drawn(vae, 
     assert own.schedule == ODD
     assert own.supervision == "image"
     assert drawn_at_seven(own)
-    assert own.greedy_sides(own.drawing()) == ""
+    assert own.greedy_sides(own.sampling_config()) == ""
     assert not drawn_at_seven(own, max_pn=4)  # asked for
     own.save_pretrained(tmp_path / "saved")  # what it is goes along
     again = SARPipeline.from_pretrained(tmp_path / "saved")

@@ -9,7 +9,7 @@ from PIL import Image
 from experiments import quickstart
 from experiments.quickstart import conclusion, draw_samples
 from tests.conftest import run, tool
-from utils.reporting.pictures import read_metrics
+from utils.training.log import read_metrics
 
 
 def check_report(out):

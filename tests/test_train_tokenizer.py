@@ -7,10 +7,10 @@ from models.weights import load_tokenizer
 from tests.conftest import ALONE, tool_on_ranks
 from train_tokenizer import build, check, main
 from utils.config.tokenizer import TokenizerTrainConfig
-from utils.reporting.pictures import read_metrics
 from utils.runtime.checkpoint import checkpoints, read_checkpoint
 from utils.runtime.files import save_tensors
 from utils.runtime.flags import parse
+from utils.training.log import read_metrics
 
 SMALL = [
     "--dataset=digits", "--workers=0", "--image_size=16", "--base_width=32", "--width_mult", "1", "1", "1",

@@ -186,7 +186,7 @@ def test_no_side_of_a_released_var_is_taken_greedily(residual, tmp_path):
     save_weights(residual, tmp_path / "vae.safetensors")
     pipeline = open_pipeline(str(tmp_path / "var.safetensors"), str(tmp_path / "vae.safetensors"))
     assert pipeline.schedule.sides == sides
-    assert pipeline.greedy_sides(pipeline.drawing()) == ""
+    assert pipeline.greedy_sides(pipeline.sampling_config()) == ""
 
 
 def test_smooth_pictures_depend_on_their_own_seed_and_differ_from_drawn_ones(model, residual):

@@ -14,7 +14,8 @@ import simple_parsing
 from models.sampling import TOP_K, TOP_P
 from utils.runtime.flags import Flags, alias, at_least, at_most, check_number, only_with, without
 
-SOME_READ = ("top_k", "top_p", "max_pn", "fill_steps", "flow_steps", "guidance_interval")  # by some models only
+OF_SOME = ("fill_steps", "flow_steps", "guidance_interval")  # settings that some models read
+SOME_READ = ("top_k", "top_p", "max_pn", *OF_SOME)  # those, and others that some do not
 
 
 class Repeated(argparse.Action):

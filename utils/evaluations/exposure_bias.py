@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from utils.config.training import DataConfig
 from utils.data.datasets import ImageDataset, encode_batch, open_dataset, plain_batches, plain_images
 from utils.runtime.numerics import derive_seed
 
-GREEDY = SimpleNamespace(rollout="argmax", sf_top_p=0.0)
+GREEDY = SamplingConfig(top_k=1, flow_steps=1)  # of a flow-matching head one step, to an estimate of the mean
 BATCH = 8  # images at a time: of the largest models, a few GB
 
 
@@ -92,11 +91,8 @@ class ValidationSet:
         with evaluating(model):
             for labels, tokens, truth in self.batches(fed, self.tokens[:, span]):
                 inputs = model.inputs(tokens, pathway, self.schedule)
-                shape, greedy = (
-                    (len(labels), part.total - part.offsets[first]),
-                    SimpleNamespace(rollout="argmax", sf_top_p=0.0),
-                )
-                sampler = model.head.sampler(greedy, 0, shape[1], shape, labels.device) if sample else None
+                shape = (len(labels), part.total - part.offsets[first])
+                sampler = model.head.sampler(GREEDY, 0, shape[1], shape, labels.device) if sample else None
                 yield model(labels, inputs, part, truth, first, sampler)
 
     def nll(self, fed: Tensor, scales: int = 0, first: int = 0) -> Tensor:

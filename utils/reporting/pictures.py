@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from pathlib import Path
 
@@ -112,13 +111,6 @@ def save_gif(steps: dict[int, list[Image.Image]], path: Path) -> None:
     ]
     durations = [400] * (len(frames) - 1) + [2000]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
-
-
-def read_metrics(directory: Path, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric of a run, from its metrics.jsonl."""
-    lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    points = [(line["step"], line[name]) for line in lines if name in line]
-    return [step for step, _ in points], [value for _, value in points]
 
 
 Curves = dict[str, tuple[list[int], list[float]]]  # name → x, y

@@ -66,10 +66,12 @@ def step_of(line: str) -> float:
         return math.inf
 
 
-def has_metric(path: Path, step: int, name: str) -> bool:
-    """True when a metrics.jsonl has a number of this name for this step."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return any(step_of(line) == step and name in json.loads(line) for line in lines)
+def read_metrics(directory: Path, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric of a run, from its metrics.jsonl."""
+    lines = (directory / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
+    found = [json.loads(line) for line in lines if step_of(line) < math.inf]  # a killed run may leave half a line
+    points = [(line["step"], line[name]) for line in found if name in line]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 class TensorBoard(Silent):

@@ -27,7 +27,7 @@ from utils.runtime.files import as_json, remove_stale, write_json
 from utils.runtime.numerics import derive_seed
 from utils.runtime.process import StopRequest, locked
 from utils.runtime.provenance import record_start
-from utils.training.log import METRICS, Progress, Silent, check_tracking, has_metric, make_logger
+from utils.training.log import METRICS, Progress, Silent, check_tracking, make_logger, read_metrics
 from utils.training.optim import apply_gradients, clip_gradients, set_rates
 from utils.training.state import Config, Metrics, TrainingState
 
@@ -209,7 +209,8 @@ class Loop(TrainingState, ABC):
     def owed_reports(self) -> tuple[bool, bool]:
         """`due_reports` of the step that the run goes on from, which may have died between its save and them."""
         loss, picture = self.due_reports() if self.step and self.ranks.first else (False, False)
-        loss = loss and not has_metric(self.directory / METRICS, self.step, "val/loss")
+        judged = read_metrics(self.directory, "val/loss")[0] if (self.directory / METRICS).is_file() else []
+        loss = loss and self.step not in judged
         owed = self.ranks.all_reduce_max([loss, picture and not self.picture_path.is_file()])
         return bool(owed[0]), bool(owed[1])
 
