@@ -36,6 +36,10 @@ from utils.config.training import TrainConfig
 from utils.runtime.distributed import Ranks, ranks
 from utils.runtime.flags import parse
 
+# Autograd starts its threads at the first backward: none here, where there is no GPU. After a FakeTensorMode it would
+# start some for the devices that this pretends, and the forks below could not run backward.
+torch.ones(1, requires_grad=True).sum().backward()
+
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests/data"
 ALONE = Ranks(0, 1, torch.device("cpu"))

@@ -419,7 +419,7 @@ FIXED = {
 
 
 # What may differ from node to node: what of the machine is used, and where files lie, which are compared by content.
-OF_A_NODE = {"workers", "data_path", "code_cache", "vae_ckpt", "init_ckpt", "perceptual_weights"}
+OF_A_NODE = {"workers", "compile", "data_path", "code_cache", "vae_ckpt", "init_ckpt", "perceptual_weights"}
 
 
 def check_changes(old: dict, new: dict, directory: Path, allowed: bool) -> list[str]:
