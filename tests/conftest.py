@@ -208,6 +208,8 @@ def run_as_rank(function: Callable[[], None], log: Path, env: dict[str, object])
     status = 1
     try:
         os.environ.update({name: str(value) for name, value in env.items()})
+        torch.set_num_threads(1)  # a fork that asks for the threads of its parent waits for ever
+        os.sched_getaffinity = lambda _: {0}  # and so may not believe that it has more cores
         file = os.open(log, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, 1)
         os.dup2(file, 2)
