@@ -49,6 +49,24 @@ def test_a_set_against_itself(published):
     assert precision_recall(features, features) == (1.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("samples", "others"), [(10, 60), (60, 10), (10, 10), (30, 30), (31, 31), (5, 400)]
+)
+def test_few_features_are_compared_as_many_are(samples, others):
+    """With 30 features: their covariance's root is the centred features themselves, in whatever parts they come."""
+    torch.manual_seed(0)
+    a, b = torch.randn(samples, 30).relu(), torch.randn(others, 30) * torch.rand(30) + 1
+    distance = frechet_distance(Statistics.of(a.split(4)), Statistics.of(b))
+    values = [Statistics.of(x) for x in (a, b)]
+    parts = [torch.linalg.eigh(s.covariance) for s in values]
+    roots = [vectors * found.clamp_min(0).sqrt() @ vectors.T for found, vectors in parts]
+    cross = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
+    shift = (values[0].mean - values[1].mean).square().sum()
+    wanted = shift + sum(s.covariance.trace() for s in values) - 2 * cross
+    assert distance == pytest.approx(wanted.item(), rel=1e-6)
+    assert all((s.root is not None) == (n <= 30) for s, n in zip(values, (samples, others), strict=True))
+
+
 def test_distance_of_known_gaussians():
     eye = torch.eye(3, dtype=torch.float64)
     a = Statistics(torch.zeros(3, dtype=torch.float64), 4 * eye)

@@ -18,35 +18,44 @@ WINDOW = 11  # pixels of the side of SSIM's window
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean (D,) and covariance (D, D; divided by n - 1) of features, in float64."""
+    """Mean (D,) and covariance Σ (D, D; divided by n - 1) of features, in float64."""
 
     mean: Tensor
     covariance: Tensor
+    root: Tensor | None = None  # (D, n) with root·rootᵀ = Σ, where features are few
 
     @classmethod
     def of(cls, features: Tensor | Iterable[Tensor]) -> Statistics:
         """Of features (N, D), or of a stream of them, (n, D) at a time."""
         count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        few: list[Tensor] = []  # all of them, while they are no more than their dimensions
         for part in [features] if isinstance(features, Tensor) else features:
             part = part.double()
             count, total, squares = count + len(part), part.sum(0) + total, part.T @ part + squares
+            few = [*few, part] if count <= part.shape[1] else []
         if count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {count}")
         mean = total / count
-        return cls(mean, (squares - count * torch.outer(mean, mean)) / (count - 1))
+        covariance = (squares - count * torch.outer(mean, mean)) / (count - 1)
+        return cls(mean, covariance, (torch.cat(few) - mean).T / (count - 1) ** 0.5 if few else None)
+
+    def half(self) -> Tensor:
+        """H (D, n) with H·Hᵀ = Σ: the root, or a column for each positive eigenvalue."""
+        if self.root is not None:
+            return self.root
+        values, vectors = torch.linalg.eigh(self.covariance)
+        positive = values > values[-1:] * len(values) * torch.finfo(values.dtype).eps
+        return vectors[:, positive] * values[positive].sqrt()
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Fréchet distance of two Gaussians: |μa - μb|² + tr(Σa + Σb - 2·√(Σa·Σb)).
 
-    With Σa = H·Hᵀ, the trace of √(Σa·Σb) is that of √(Hᵀ·Σb·H), whose eigenvalues are real and not negative. H has a
-    column for each positive eigenvalue of Σa: few where samples are fewer than features. What rounding leaves where an
-    eigenvalue is zero counts as zero.
+    With Σa = H·Hᵀ, the trace of √(Σa·Σb) is that of √(Hᵀ·Σb·H), whose eigenvalues are real and not negative. What
+    rounding leaves where an eigenvalue is zero counts as zero.
     """
-    values, vectors = torch.linalg.eigh(a.covariance)
-    positive = values > values[-1:] * len(values) * torch.finfo(values.dtype).eps
-    half = vectors[:, positive] * values[positive].sqrt()
-    squares = torch.linalg.eigvalsh(half.T @ b.covariance @ half)
+    half, other = (b.half(), a) if a.root is None and b.root is not None else (a.half(), b)
+    squares = torch.linalg.eigvalsh(half.T @ other.covariance @ half)
     noise = squares[-1:] * len(squares) * torch.finfo(squares.dtype).eps
     cross = squares.where(squares > noise, 0.0).sqrt().sum()
     shift = (a.mean - b.mean).square().sum()
