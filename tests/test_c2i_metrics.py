@@ -49,9 +49,7 @@ def test_a_set_against_itself(published):
     assert precision_recall(features, features) == (1.0, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("samples", "others"), [(10, 60), (60, 10), (10, 10), (30, 30), (31, 31), (5, 400)]
-)
+@pytest.mark.parametrize(("samples", "others"), [(10, 60), (60, 10), (10, 10), (30, 30), (31, 31), (5, 400)])
 def test_few_features_are_compared_as_many_are(samples, others):
     """With 30 features: their covariance's root is the centred features themselves, in whatever parts they come."""
     torch.manual_seed(0)
