@@ -63,10 +63,9 @@ class ReleasedFlexVAR(FlexVAR):
         Returns: (B, 3, H, W) in [-1, 1], not clamped.
         """
         labels, seeds = requested(B, label_B, g_seed, self.config.num_classes)
-        if more_smooth:
-            raise ValueError("more_smooth mixes embeddings, as VAR does: FlexVAR has no such pictures")
         guidance = Guidance("constant" if used_llamagen_cfg else "ramp", cfg)
-        schedule, sampling = ScaleSchedule(tuple(infer_patch_nums)), SamplingConfig(guidance, top_k, top_p, max_pn)
+        schedule = ScaleSchedule(tuple(infer_patch_nums))
+        sampling = SamplingConfig(guidance, top_k, top_p, max_pn, more_smooth=more_smooth)
         return generate(self, vqvae, labels, schedule, sampling, seeds)
 
 

@@ -21,7 +21,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 
 from utils.runtime.entry import check_output_file, entry, notice
-from utils.runtime.files import digest, flush, read_sealed, read_tensors, replacing, save_tensors, write_sealed
+from utils.runtime.files import (
+    digest,
+    flush,
+    read_sealed,
+    read_tensors,
+    remove_tree,
+    replacing,
+    save_tensors,
+    write_sealed,
+)
 from utils.runtime.flags import Parser
 from utils.runtime.process import release_freed_memory
 
@@ -230,14 +239,14 @@ class Checkpoints:
         """Remove a checkpoint; its name goes first, so that half of one never bears it."""
         if path.exists():
             doomed = path.with_name(f".discarded_{path.name}")
-            remove(doomed)
+            remove_tree(doomed)
             os.replace(path, doomed)
-            remove(doomed)
+            remove_tree(doomed)
 
     def clean(self) -> None:
         """Remove what a killed run left half written or half removed."""
         for left in (*self.root.glob(".partial_*"), *self.root.glob(".discarded_*")):
-            remove(left)
+            remove_tree(left)
 
     def set_aside(self, after: int) -> None:
         """Rename the damaged checkpoints later than a step, so that nothing takes them for the newest."""
@@ -246,14 +255,6 @@ class Checkpoints:
                 aside = path.with_name(f"damaged_{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(path, aside)
-
-
-def remove(path: Path) -> None:
-    """Remove a directory, or a link to one. What cannot go now, as a network file system keeps open files, stays."""
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_finite(tree: Any, step: int) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import time
 import uuid
 import zipfile
@@ -53,6 +54,14 @@ def remove_stale(directory: Path) -> None:
         with suppress(OSError):
             if left.is_file() and time.time() - left.stat().st_mtime > 3600:
                 left.unlink()
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory, or a link to one. What cannot go now, as a network file system keeps open files, stays."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def flush(path: Path) -> None:

@@ -116,7 +116,8 @@ class Loop(TrainingState, ABC):
 
         Raises BadImage, FloatingPointError, SaveError; SystemExit when it was asked to stop.
         """
-        self.check_ranks()
+        if self.ranks.world > 1:
+            self.check_ranks()
         progress = Progress(self.config.run.name, self.stop_step, self.step, self.ranks)
         owed = self.owed_reports()
         if self.step >= self.stop_step and not any(owed):
